@@ -1,0 +1,166 @@
+"""Checkpoints of a run: written by Orbax, sealed by checksums, restored only if sound.
+
+Orbax restores an array file with a flipped bit without complaint, so every file's SHA-256 is kept
+beside it. A checkpoint that is unfinished or does not match is named aloud and skipped.
+"""
+
+import hashlib
+import json
+import pathlib
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from absl import logging
+
+from mbn_jax.double_forward import TrainState
+from mbn_jax.errors import UserError
+from mbn_jax.parallel import (
+    distribute,
+    first_device,
+    pool_over_devices,
+    replicate,
+)
+
+SEAL = "checksums.json"
+
+
+class Checkpoints:
+    """The checkpoints in one folder, newest last.
+
+    Saved are one copy of what all devices share, and the statistics of each group of devices that
+    keeps its own (`[groups, ...]`, one group where they are synced).
+    """
+
+    def __init__(self, folder: pathlib.Path, *, keep: int | None = None):
+        """Opens `folder` (made where it is missing), keeping the newest `keep` checkpoints."""
+        self._folder = folder.absolute()
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=False, create=True
+        )
+        self._manager = ocp.CheckpointManager(self._folder, options=options)
+
+    def save(self, state: TrainState, *, local_statistics: bool) -> None:
+        """Saves the state of the devices, and returns when it is on disk and sealed.
+
+        Args:
+          state: arrays `[devices, ...]`.
+          local_statistics: whether devices keep statistics of their own.
+        """
+        host = jax.device_get(_without_key_type(first_device(state)))
+        stats = jax.device_get(state.batch_stats)
+        if not local_statistics:
+            stats = jax.tree.map(lambda x: x[:1], stats)
+        step = int(host.step)
+        tree = {"state": host.replace(batch_stats={}), "batch_stats": stats}
+        groups = {jax.tree.leaves(stats)[0].shape[0]} if jax.tree.leaves(stats) else {1}
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                tree=ocp.args.StandardSave(tree),
+                layout=ocp.args.JsonSave({"statistics_groups": groups.pop()}),
+            ),
+        )
+        self._manager.wait_until_finished()
+        folder = self._folder / str(step)
+        (folder / SEAL).write_text(json.dumps(_checksums(folder), indent=1))
+
+    def restore(self, state: TrainState, *, local_statistics: bool) -> TrainState | None:
+        """Restores the newest sound checkpoint onto the devices.
+
+        Args:
+          state: of the same structure, without the device axis.
+          local_statistics: whether devices keep statistics of their own. Where the checkpoint's
+            groups are not these devices, theirs are pooled and every device starts from the pool.
+
+        Returns:
+          Arrays `[devices, ...]`, or None where there is no sound checkpoint.
+        """
+        found = self._restore_newest(state)
+        if found is None:
+            return None
+        restored, stats = found
+        groups = {x.shape[0] for x in jax.tree.leaves(stats)}
+        on_devices = replicate(restored.replace(batch_stats={}))
+        if local_statistics and groups == {jax.local_device_count()}:
+            return on_devices.replace(batch_stats=distribute(stats))
+        return on_devices.replace(batch_stats=replicate(_pooled(stats)))
+
+    def _restore_newest(self, state: TrainState):
+        for step in sorted(self._manager.all_steps(), reverse=True):
+            folder = self._folder / str(step)
+            reason = _damage(folder)
+            if reason:
+                logging.warning("Skipped the checkpoint of step %d: %s.", step, reason)
+                continue
+            return self._read(step, state)
+        return None
+
+    def _read(self, step: int, state: TrainState):
+        layout = self._manager.restore(step, args=ocp.args.Composite(layout=ocp.args.JsonRestore()))
+        groups = layout["layout"]["statistics_groups"]
+        target = jax.tree.map(_as_numpy_target, _without_key_type(state))
+        stats = jax.tree.map(lambda x: np.zeros((groups, *x.shape), x.dtype), target.batch_stats)
+        try:
+            tree = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    tree=ocp.args.StandardRestore(
+                        {"state": target.replace(batch_stats={}), "batch_stats": stats}
+                    )
+                ),
+            )["tree"]
+        except (ValueError, KeyError, TypeError) as error:
+            # Its checksums match: it is sound, but of another model.
+            raise UserError(
+                f"The checkpoint {self._folder / str(step)} does not fit the model of this config "
+                f"({str(error).splitlines()[0]}); use another workdir or the config it was made with."
+            ) from error
+        key = jax.random.wrap_key_data(tree["state"].key)
+        return tree["state"].replace(key=key), tree["batch_stats"]
+
+    def discard_damaged(self) -> None:
+        """Deletes checkpoints that are not sound, so that the run can write these steps again."""
+        for step in self._manager.all_steps():
+            if _damage(self._folder / str(step)):
+                self._manager.delete(step)
+
+    def close(self) -> None:
+        """Releases Orbax's threads."""
+        self._manager.close()
+
+
+def _pooled(stats):
+    if any(x.shape[0] > 1 for x in jax.tree.leaves(stats)):
+        return jax.device_get(pool_over_devices(jax.tree.map(jax.numpy.asarray, stats)))
+    return jax.tree.map(lambda x: x[0], stats)
+
+
+def _without_key_type(state: TrainState) -> TrainState:
+    return state.replace(key=jax.random.key_data(state.key))
+
+
+def _as_numpy_target(x) -> np.ndarray:
+    return np.zeros(x.shape, x.dtype)
+
+
+def _checksums(folder: pathlib.Path) -> dict[str, str]:
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != SEAL)
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def _damage(folder: pathlib.Path) -> str | None:
+    """Returns what is wrong with a checkpoint, or None."""
+    try:
+        expected = json.loads((folder / SEAL).read_text())
+    except FileNotFoundError:
+        return "it was not finished"
+    except ValueError:
+        return f"{SEAL} is damaged"
+    found = _checksums(folder)
+    for name in sorted(set(expected) | set(found)):
+        if name not in found:
+            return f"{name} is missing"
+        if expected.get(name) != found[name]:
+            return f"{name} is damaged"
+    return None

@@ -1,0 +1,201 @@
+"""The configuration: its defaults, and the checks that it must pass before anything compiles."""
+
+import difflib
+import math
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from mbn_jax.double_forward import DOUBLE_FORWARD
+from mbn_jax.errors import UserError
+from mbn_jax.models import MODELS
+from mbn_jax.normalization import GRADIENTS
+from mbn_jax.norms import NORMS, SYNCS
+from mbn_jax.optimizers import OPTIMIZERS, SCHEDULES
+from mbn_jax.parallel import RUNTIMES
+
+
+def default_config() -> ConfigDict:
+    """Returns every field with its default; a config file changes a few of them.
+
+    >>> default_config().norm.name
+    'memorized'
+    """
+    config = ConfigDict()
+    config.seed = 0  # Of parameters, order, augmentation and dropout.
+    config.batch_size = 128  # Global: summed over devices and hosts.
+    config.num_epochs = 10.0
+
+    config.dataset = ConfigDict()
+    config.dataset.name = "digits"  # Any TFDS image-classification set.
+    config.dataset.data_dir = ""  # Empty: TFDS's own.
+    config.dataset.train_split = "train"
+    config.dataset.test_split = "test"
+    config.dataset.image_size = 0  # Resize to this height and width; 0: as stored.
+    config.dataset.crop_padding = 0  # Augmentation: pad by this much and crop at random.
+    config.dataset.flip = False  # Augmentation: mirror half of the images.
+    config.dataset.max_bytes_in_memory = 4 << 30  # A larger split is decoded as it is used.
+
+    config.model = ConfigDict()
+    config.model.name = "convnet"
+    config.model.features = (16, 32, 32, 64)
+    config.model.dtype = "float32"  # Of the computation; parameters and statistics are float32.
+
+    config.norm = ConfigDict()
+    config.norm.name = "memorized"
+    config.norm.epsilon = 1e-5
+    config.norm.use_fast_variance = True
+    config.norm.sync = "sync"  # Statistics over all devices, over groups, or 'local'.
+    config.norm.sync_group_size = 1  # Devices a group, for 'group'.
+    config.norm.momentum = 0.9  # Of the moving averages of 'batch'.
+    config.norm.memory_size = 64
+    config.norm.decay = 0.97
+    config.norm.gradient = "auto"
+    config.norm.r_max = 0.0  # Clipping of 'renorm'; 0: off.
+    config.norm.d_max = 0.0
+
+    config.double_forward = "rewrite"
+    config.gradient_clip_norm = 0.0  # 0: off.
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "sgd"
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.momentum = 0.9
+    config.optimizer.nesterov = False
+    config.optimizer.weight_decay = 0.0
+    config.optimizer.decay_norm_params = False  # Decay scales and biases too.
+
+    config.schedule = ConfigDict()
+    config.schedule.name = "cosine"  # To 0 at the end; 'step'; 'constant'.
+    config.schedule.warmup_epochs = 0.0
+    config.schedule.step_epochs = (5.0, 7.5)  # Of 'step': where the rate falls,
+    config.schedule.step_factor = 0.1  # and to which part of it.
+
+    config.runtime = "pmap"
+    config.steps_per_dispatch = 1  # More for accelerators at small batches; slow on CPU.
+    config.eval_batch_size = 512  # Rounded up to a multiple of the devices.
+    config.log_every_steps = 100
+    config.eval_every_steps = 0  # 0: once an epoch.
+    config.checkpoint_every_steps = 0  # 0: once an epoch.
+    config.keep_checkpoints = 3
+    return config
+
+
+def validate(config: ConfigDict, num_devices: int) -> None:
+    """Checks all that can be checked without the data.
+
+    Args:
+      config: from `default_config`, with changes.
+      num_devices: over all hosts.
+
+    Raises:
+      UserError: naming the first field that is impossible, what it is and what it may be.
+    """
+    _choice(config, "model.name", MODELS)
+    _choice(config, "model.dtype", ("float32", "bfloat16"))
+    _choice(config, "norm.name", NORMS)
+    _choice(config, "norm.sync", SYNCS)
+    _choice(config, "norm.gradient", GRADIENTS)
+    _choice(config, "double_forward", DOUBLE_FORWARD)
+    _choice(config, "optimizer.name", OPTIMIZERS)
+    _choice(config, "schedule.name", SCHEDULES)
+    _choice(config, "runtime", RUNTIMES)
+    for field in (
+        "batch_size",
+        "norm.memory_size",
+        "norm.sync_group_size",
+        "steps_per_dispatch",
+        "eval_batch_size",
+        "log_every_steps",
+        "keep_checkpoints",
+    ):
+        _number(config, field, "1 or more", lambda value: value >= 1)
+    for field in (
+        "seed",
+        "dataset.image_size",
+        "dataset.crop_padding",
+        "dataset.max_bytes_in_memory",
+        "norm.r_max",
+        "norm.d_max",
+        "gradient_clip_norm",
+        "optimizer.weight_decay",
+        "schedule.warmup_epochs",
+        "eval_every_steps",
+        "checkpoint_every_steps",
+    ):
+        _number(config, field, "0 or more", lambda value: value >= 0)
+    for field in ("num_epochs", "norm.epsilon", "optimizer.learning_rate", "schedule.step_factor"):
+        _number(config, field, "more than 0", lambda value: value > 0)
+    for field in ("norm.momentum", "optimizer.momentum"):
+        _number(config, field, "in [0, 1)", lambda value: 0 <= value < 1)
+    _number(config, "norm.decay", "in (0, 1]", lambda value: 0 < value <= 1)
+    _number(config, "seed", "below 2^31", lambda value: value < 2**31)
+
+    norm = config.norm
+    if (norm.r_max or norm.d_max) and norm.gradient != "renorm":
+        raise UserError(
+            f"norm.r_max and norm.d_max need norm.gradient='renorm', got {norm.gradient!r}."
+        )
+    if norm.r_max and norm.r_max < 1:
+        raise UserError(f"norm.r_max must be 1 or more (0: off), got {norm.r_max}.")
+    if config.batch_size % num_devices:
+        raise UserError(
+            f"batch_size must be divisible by the {num_devices} devices, got {config.batch_size}."
+        )
+    if norm.sync == "group" and num_devices % norm.sync_group_size:
+        raise UserError(
+            f"norm.sync_group_size must divide the {num_devices} devices, got "
+            f"{norm.sync_group_size}."
+        )
+    for field in ("log_every_steps", "eval_every_steps", "checkpoint_every_steps"):
+        if config[field] % config.steps_per_dispatch:
+            raise UserError(
+                f"{field} must be a multiple of steps_per_dispatch={config.steps_per_dispatch}, "
+                f"got {config[field]}."
+            )
+
+
+def validate_examples(config: ConfigDict, num_examples: int) -> None:
+    """Checks the config against the size of the training split; raises UserError."""
+    if config.batch_size > num_examples:
+        raise UserError(
+            f"batch_size must be at most the {num_examples} examples of split "
+            f"{config.dataset.train_split!r} of {config.dataset.name!r}, got {config.batch_size}."
+        )
+    if total_steps(config, num_examples) < 1:
+        raise UserError(
+            f"num_epochs={config.num_epochs} is less than one step of batch_size="
+            f"{config.batch_size} on {num_examples} examples; raise it."
+        )
+
+
+def steps_per_epoch(config: ConfigDict, num_examples: int) -> int:
+    """Returns the steps in which every example is seen about once; a rest waits for the next."""
+    return num_examples // config.batch_size
+
+
+def total_steps(config: ConfigDict, num_examples: int) -> int:
+    """Returns the steps of the whole run."""
+    return int(config.num_epochs * steps_per_epoch(config, num_examples))
+
+
+def _lookup(config: ConfigDict, field: str):
+    value = config
+    for key in field.split("."):
+        value = value[key]
+    return value
+
+
+def _choice(config: ConfigDict, field: str, choices) -> None:
+    value = _lookup(config, field)
+    if value in choices:
+        return
+    close = difflib.get_close_matches(str(value), choices, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    raise UserError(f"{field} must be one of {', '.join(choices)}, got {value!r}.{hint}")
+
+
+def _number(config: ConfigDict, field: str, expected: str, is_valid: Callable) -> None:
+    value = _lookup(config, field)
+    if not math.isfinite(value) or not is_valid(value):
+        raise UserError(f"{field} must be {expected}, got {value}.")

@@ -1,0 +1,149 @@
+"""The commands `mbn-train` and `mbn-eval`: flags, one call, one sentence for a mistake."""
+
+import argparse
+import json
+import pathlib
+import runpy
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import flags, logging
+from ml_collections import ConfigDict, config_flags
+
+from mbn_jax.errors import UserError
+
+EXAMPLE_CONFIG = "configs/digits.py"
+EXAMPLE = f"mbn-train --config={EXAMPLE_CONFIG} --workdir=runs/digits"
+USER_MISTAKE = 2
+DIVERGED = 3
+
+
+def _train(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="mbn-train",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Trains a network as a config file says. The same command again resumes.",
+        epilog=f"""examples:
+  {EXAMPLE}
+  {EXAMPLE} --config.norm.name=batch
+  {EXAMPLE} --config.norm.memory_size=8 --config.seed=1
+
+Every field of mbn_jax/config.py can be set with --config.FIELD=VALUE. In the workdir: config.json,
+metrics.jsonl (one record a line), TensorBoard events, checkpoints/ and curves.png.
+Exit status: 0 done, {USER_MISTAKE} a mistake in the input, {DIVERGED} the loss was not finite.""",
+    )
+    parser.add_argument("--config", help="config file, a Python file with get_config()")
+    parser.add_argument("--workdir", help="folder of the run; made if missing")
+    parser.add_argument(
+        "--config.FIELD", metavar="VALUE", dest="field", help="sets a field of the config"
+    )
+    args, overrides = parser.parse_known_args(argv)
+    if not args.config:
+        raise UserError(f"--config is missing; one that works: {EXAMPLE}")
+    if not args.workdir:
+        raise UserError(
+            f"--workdir is missing, the folder for what the run writes; for example: {EXAMPLE}"
+        )
+    config = parse_config(args.config, overrides)
+
+    from mbn_jax.train import NonFiniteLossError, run_title, train  # After the flags: it loads JAX.
+
+    try:
+        values = train(config, pathlib.Path(args.workdir))
+    except NonFiniteLossError as error:
+        print(f"mbn-train: {error}", file=sys.stderr)
+        return DIVERGED
+    print(
+        f"{run_title(config)}: test error {values['test_error']:.2%}, test loss "
+        f"{values['test_loss']:.4f} after {values['step']} steps; see {args.workdir}/curves.png"
+    )
+    return 0
+
+
+def _evaluate(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="mbn-eval",
+        allow_abbrev=False,
+        description="Evaluates the newest checkpoint of a run, and prints one JSON object.",
+    )
+    parser.add_argument("--workdir", required=True, help="folder of a run of mbn-train")
+    parser.add_argument(
+        "--split", help="TFDS split, for example train[:10%%]; default: the test split"
+    )
+    args = parser.parse_args(argv)
+
+    from mbn_jax.evaluate_run import evaluate_run
+
+    print(json.dumps(evaluate_run(pathlib.Path(args.workdir), args.split)))
+    return 0
+
+
+def parse_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
+    """Reads a config file and sets the fields that `overrides` name.
+
+    Args:
+      path: of a Python file with `get_config()`.
+      overrides: as on the command line, '--config.FIELD=VALUE'.
+
+    Returns:
+      The configuration, not yet validated.
+
+    Raises:
+      UserError: for a missing or broken file, an unknown field or a value of the wrong type.
+    """
+    for argument in overrides:
+        if argument.startswith("-") and not argument.startswith("--config."):
+            raise UserError(f"unknown argument {argument}; see --help")
+    if not pathlib.Path(path).is_file():
+        raise UserError(f"there is no config file {path}; one that works: {EXAMPLE}")
+    try:
+        config = runpy.run_path(path)["get_config"]()
+    except Exception as error:  # The file is the user's code: it may fail in any way.
+        raise UserError(f"config file {path} failed: {type(error).__name__}: {error}") from error
+    values = flags.FlagValues()
+    argv = ["mbn-train", *overrides]
+    try:
+        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
+        positional = values(argv)[1:]
+    except flags.Error as error:
+        raise UserError(str(error)) from error
+    except (AttributeError, KeyError) as error:
+        # Its message is the misspelt key and, on the next line, the field that is close to it.
+        name, *hint = str(error.args[0]).splitlines()
+        raise UserError(f"the config has no field {name}. {' '.join(hint)}".strip()) from error
+    except (TypeError, ValueError) as error:
+        raise UserError(str(error)) from error
+    if positional:
+        raise UserError(f"unknown argument {positional[0]}; see --help")
+    return values.config
+
+
+def _run(command: Callable[[Sequence[str]], int], name: str) -> None:
+    logging.set_verbosity(logging.WARNING)
+    try:
+        status = command(sys.argv[1:])
+    except UserError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        status = USER_MISTAKE
+    except KeyboardInterrupt:
+        print(
+            f"{name}: interrupted; the same command resumes from the last checkpoint",
+            file=sys.stderr,
+        )
+        status = 130
+    sys.exit(status)
+
+
+def train_main() -> None:
+    """Runs `mbn-train`."""
+    _run(_train, "mbn-train")
+
+
+def eval_main() -> None:
+    """Runs `mbn-eval`."""
+    _run(_evaluate, "mbn-eval")
+
+
+if __name__ == "__main__":
+    train_main()

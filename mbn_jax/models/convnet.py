@@ -1,0 +1,44 @@
+"""A small convolutional network for small images."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+
+class ConvNet(nn.Module):
+    """3x3 convolutions, each followed by a norm and a ReLU, then a mean over space and a classifier.
+
+    Every convolution but the first halves the image.
+
+    Attributes:
+      num_classes: outputs of the classifier.
+      norm: makes a normalization layer; called with `use_running_average`.
+      features: channels of each convolution.
+      dtype: dtype of the computation.
+
+    >>> from mbn_jax import MemorizedBatchNorm
+    >>> model = ConvNet(num_classes=10, norm=MemorizedBatchNorm)
+    >>> images = jnp.zeros((2, 8, 8, 1))
+    >>> logits, _ = model.init_with_output(jax.random.key(0), images, train=False)
+    >>> logits.shape
+    (2, 10)
+    """
+
+    num_classes: int
+    norm: Callable[..., nn.Module]
+    features: Sequence[int] = (16, 32, 32, 64)
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Returns logits `[batch, num_classes]` in float32 for images `[batch, height, width, channels]`."""
+        x = x.astype(self.dtype)
+        for i, features in enumerate(self.features):
+            stride = 1 if i == 0 else 2
+            x = nn.Conv(features, (3, 3), stride, use_bias=False, dtype=self.dtype)(x)
+            x = nn.relu(self.norm(use_running_average=not train)(x))
+        x = x.mean((1, 2))
+        return nn.Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)

@@ -1,0 +1,370 @@
+"""Memorized Batch Normalization as a drop-in for `flax.linen.BatchNorm`."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from flax.linen import dtypes
+from jax import lax
+from jax.nn import initializers
+
+from mbn_jax.statistics import (
+    Array,
+    AxisName,
+    Moments,
+    batch_moments,
+    first_element,
+    memory_weights,
+    pool,
+    push,
+)
+
+BATCH_MOMENTS = "batch_moments"
+"""Collection into which every call of a layer records the moments of its own batch, if mutable."""
+
+GRADIENTS = ("auto", "renorm", "through")
+
+
+def statistics_with_gradient(
+    batch: Moments,
+    mean: Array,
+    var: Array,
+    *,
+    gradient: str,
+    epsilon: float,
+    r_max: float | None = None,
+    d_max: float | None = None,
+) -> tuple[Array, Array]:
+    """Chooses how gradients flow from the pooled statistics into the current batch.
+
+    `'through'` differentiates the pool as it stands: d mean/d m_B = a_0, d var/d v_B = a_0,
+    d var/d m_B = 2 a_0 (m_B - mean).
+
+    `'renorm'` is Batch Renormalization's rule. With s_B = sqrt(v_B + epsilon) and
+    s = sqrt(var + epsilon), it differentiates
+
+        x_hat = (x - m_B) / s_B * r + d,    r = s_B / s,    d = (m_B - mean) / s
+
+    with r and d held constant: the backward pass is batch normalization's, scaled by r, and weights
+    before the layer stay scale-invariant. Written as statistics, that is S = s_B / r in place of s
+    and M = m_B - d S in place of the mean, which have the pool's values and the batch's gradients.
+
+    Args:
+      batch: moments of the current batch, `[*F]`.
+      mean: pooled mean, `[*F]`.
+      var: pooled variance, `[*F]`.
+      gradient: 'through' or 'renorm'.
+      epsilon: added to variances.
+      r_max: clip r to [1 / r_max, r_max]; with 'renorm' only. A clip that binds changes the values,
+        and training no longer normalizes as inference does.
+      d_max: clip d to [-d_max, d_max]; likewise.
+
+    Returns:
+      (mean, var) to normalize with: the pooled values (but for a clip that binds), with the rule's
+      gradient.
+
+    References:
+      Ioffe, "Batch Renormalization", arXiv 1702.03275, equations (2) to (6).
+
+    >>> batch = Moments(jnp.array(2.0), jnp.array(1.0), jnp.array(8.0))
+    >>> rule = dict(gradient='renorm', epsilon=0.0)
+    >>> [float(s) for s in statistics_with_gradient(batch, jnp.array(1.0), jnp.array(4.0), **rule)]
+    [1.0, 4.0]
+    """
+    if gradient == "through":
+        return mean, var
+    batch_scale = jnp.sqrt(batch.var + epsilon)
+    scale = jnp.sqrt(var + epsilon)
+    r = lax.stop_gradient(batch_scale / scale)
+    d = lax.stop_gradient((batch.mean - mean) / scale)
+    if r_max is not None:
+        r = jnp.clip(r, 1 / r_max, r_max)
+    if d_max is not None:
+        size = jnp.abs(d)
+        d = d * jnp.where(size > d_max, d_max / jnp.where(size > 0, size, 1), 1)
+    renorm_scale = batch_scale / r
+    renorm_mean = batch.mean - d * renorm_scale
+    # (batch.var + epsilon) / r^2 without the square root, whose gradient is infinite at 0.
+    renorm_var = (batch.var + epsilon) / lax.square(r) - epsilon
+    if r_max is not None or d_max is not None:
+        return renorm_mean, renorm_var
+
+    def value_and_gradient_of(value: Array, other: Array) -> Array:
+        # The pool's value to the last bit, so that training and inference agree to rounding.
+        return lax.stop_gradient(value) + (other - lax.stop_gradient(other))
+
+    return value_and_gradient_of(mean, renorm_mean), value_and_gradient_of(var, renorm_var)
+
+
+class MemorizedBatchNorm(nn.Module):
+    """Batch normalization by the pooled statistics of the last k mini-batches.
+
+    Replaces `flax.linen.BatchNorm` by changing one name (and dropping `momentum`). In training, the
+    batch's mean m_B and variance v_B are pushed in front of the memory, the memory is pooled by the
+    law of total variance, and the pool normalizes:
+
+        mean = sum_i a_i m_i        var = sum_i a_i (v_i + (m_i - mean)^2)
+        y = (x - mean) / sqrt(var + epsilon) * scale + bias,        a_i ~ decay^i
+
+    At inference the memory is pooled by the same weights; there is no moving average. The memory
+    lives in the `batch_stats` collection, newest slot first: `mean`, `var` and `count` (elements
+    behind the slot, 0 = empty), each `[memory_capacity, *features]`. A fresh memory normalizes by
+    mean 0 and variance 1. A layer called twice in one forward pass pushes one slot a call.
+
+    Use with `mbn_jax.make_train_step`, or push without Double Forward in any train loop that keeps
+    `batch_stats`.
+
+    Attributes:
+      use_running_average: if True, normalize by the memory as it is and leave it alone; here or in
+        the call.
+      axis: the feature axis or axes; all others are reduced.
+      epsilon: added to the variance.
+      dtype: dtype of the result; default: from the input and the parameters. Statistics are always
+        float32 or wider (see `force_float32_reductions`).
+      param_dtype: dtype of scale and bias.
+      use_bias: add a learned bias.
+      use_scale: multiply by a learned scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      axis_name: named axis over which the batch is spread; statistics are those of the whole batch.
+      axis_index_groups: groups of indices within that axis, each with statistics of its own.
+      use_fast_variance: moments in one pass around the memory's own mean (exact where the plain
+        fast variance cancels; the first batch is centred on its first element, or on 0 under
+        `axis_name`); False: in two passes.
+      force_float32_reductions: if False, statistics are kept in `param_dtype`.
+      memory_size: k, the batches in the pool, the current one included; 1 is batch normalization.
+      decay: in (0, 1], weight of a slot against the next newer one; 1 weighs all equally.
+      gradient: 'renorm' or 'through' (see `statistics_with_gradient`), or 'auto': 'through' where a
+        feature sees at most two values (batch x space x synced devices, masks ignored), where batch
+        normalization's own gradient vanishes, and 'renorm' elsewhere.
+      r_max: clip Batch Renormalization's r; needs 'renorm'. Off by default, and not needed: r is at
+        most 1/sqrt(a_0).
+      d_max: clip Batch Renormalization's d; likewise, |d| is at most sqrt((1 - a_0) / a_0).
+      memory_capacity: slots that the memory has room for; default: `memory_size`. Give it to make
+        `memory_size` and `decay` traced values: one compiled program for all of them.
+
+    Raises:
+      ValueError: on construction, where an option is impossible.
+
+    References:
+      Guo, Wu, Deng, Chen, Tan, "Double Forward Propagation for Memorized Batch Normalization",
+      AAAI 2018 (arXiv 2010.04947). Counting the current batch in k, the geometric weights and
+      'auto' are choices of this project.
+
+    >>> layer = MemorizedBatchNorm(memory_size=4, use_running_average=False)
+    >>> x = jnp.array([[1.0], [3.0]])
+    >>> variables = layer.init(jax.random.key(0), x)
+    >>> y, variables = layer.apply(variables, x, mutable=['batch_stats', 'params'])
+    >>> y.round(3).tolist()
+    [[-1.0], [1.0]]
+    >>> variables['batch_stats']['mean'][:, 0].tolist()
+    [2.0, 0.0, 0.0, 0.0]
+    """
+
+    use_running_average: bool | None = None
+    axis: int | Sequence[int] = -1
+    epsilon: float = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Any = initializers.zeros
+    scale_init: Any = initializers.ones
+    axis_name: AxisName | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+    memory_size: int | Array = 64
+    decay: float | Array = 0.97
+    gradient: str = "auto"
+    r_max: float | None = None
+    d_max: float | None = None
+    memory_capacity: int | None = None
+
+    def __post_init__(self):
+        _check_options(self)
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: Array | None = None,
+    ) -> Array:
+        """Normalizes `x` by the pooled statistics.
+
+        `init` pushes nothing and needs no named axis, and its batch size binds nothing.
+
+        Args:
+          x: inputs, `[..., features]` or as `axis` says, floating point or complex.
+          use_running_average: as the attribute; give one of the two.
+          mask: boolean, broadcastable to `x`: the elements that count. Others never change a
+            statistic, whatever their value; a feature that is masked out whole pushes no slot.
+
+        Returns:
+          Array of the shape of `x`.
+        """
+        use_running_average = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        x = jnp.asarray(x)
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise ValueError(
+                f"MemorizedBatchNorm expected floating-point inputs, got {x.dtype}; cast them first."
+            )
+        feature_axes = _canonicalize_axes(x.ndim, self.axis)
+        axes = tuple(i for i in range(x.ndim) if i not in feature_axes)
+        feature_shape = tuple(x.shape[i] for i in feature_axes)
+        memory = self._memory(feature_shape, x.dtype)
+        slots = lax.stop_gradient(Moments(*(variable.value for variable in memory)))
+
+        def pooled(slots: Moments) -> tuple[Array, Array]:
+            return pool(slots, memory_weights(slots.count, self.memory_size, self.decay))
+
+        if use_running_average:
+            mean, var = pooled(slots)
+        else:
+            synced = self.axis_name is not None and not self.is_initializing()
+            batch = batch_moments(
+                x,
+                axes,
+                dtype=self.dtype,
+                mask=mask,
+                axis_name=self.axis_name if synced else None,
+                axis_index_groups=self.axis_index_groups if synced else None,
+                center=self._center(x, axes, mask, slots, pooled, synced),
+                use_fast_variance=self.use_fast_variance,
+                force_float32_reductions=self.force_float32_reductions,
+            )
+            slots = push(slots, batch)
+            mean, var = statistics_with_gradient(
+                batch,
+                *pooled(slots),
+                gradient=self._gradient_rule(x, axes, synced),
+                epsilon=self.epsilon,
+                r_max=self.r_max,
+                d_max=self.d_max,
+            )
+            if not self.is_initializing():
+                self.sow(BATCH_MOMENTS, "moments", batch)
+                for variable, value in zip(memory, slots, strict=True):
+                    variable.value = lax.stop_gradient(value)
+        return self._normalize(x, mean, var, axes, feature_axes)
+
+    def _memory(self, feature_shape: tuple[int, ...], dtype) -> list[nn.Variable]:
+        """Declares the memory, empty at first, and checks one that was handed in."""
+        capacity = self.memory_capacity or int(self.memory_size)
+        shape = (capacity, *feature_shape)
+        var_dtype = self.param_dtype
+        if self.force_float32_reductions:
+            var_dtype = jnp.finfo(jnp.promote_types(self.dtype or dtype, jnp.float32)).dtype
+        mean_dtype = var_dtype
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            mean_dtype = jnp.promote_types(var_dtype, jnp.complex64)
+        count_dtype = jnp.promote_types(var_dtype, jnp.float32)
+        memory = [
+            self.variable("batch_stats", "mean", jnp.zeros, shape, mean_dtype),
+            self.variable("batch_stats", "var", jnp.ones, shape, var_dtype),
+            self.variable("batch_stats", "count", jnp.zeros, shape, count_dtype),
+        ]
+        for variable in memory:
+            if variable.value.shape != shape:
+                raise ValueError(
+                    f"MemorizedBatchNorm {self.name or ''} expected a memory of shape {shape} "
+                    f"(slots, *features), got {variable.value.shape}; build the layer with the "
+                    "memory_size or memory_capacity that its batch_stats were made with."
+                )
+        if jnp.issubdtype(mean_dtype, jnp.complexfloating) > jnp.iscomplexobj(memory[0].value):
+            raise ValueError(
+                f"MemorizedBatchNorm {self.name or ''} got complex inputs, but its memory was "
+                "initialized with real ones; initialize it with complex inputs."
+            )
+        return memory
+
+    def _center(self, x, axes, mask, slots, pooled, synced: bool) -> Array | None:
+        """Guesses the mean for one-pass moments: the memory's, or the first element at first."""
+        if not self.use_fast_variance:
+            return None
+        mean, _ = pooled(slots)
+        if synced:  # Devices must agree on it; their first elements do not.
+            return mean
+        return jnp.where(slots.count[0] > 0, mean, first_element(x, axes, mask).astype(mean.dtype))
+
+    def _gradient_rule(self, x: Array, axes: tuple[int, ...], synced: bool) -> str:
+        if self.gradient != "auto":
+            return self.gradient
+        values = math.prod(x.shape[axis] for axis in axes)
+        if synced:
+            values *= lax.psum(1, self.axis_name, axis_index_groups=self.axis_index_groups)
+        return "through" if values <= 2 else "renorm"
+
+    def _normalize(self, x, mean, var, axes, feature_axes) -> Array:
+        """Returns (x - mean) / sqrt(var + epsilon) * scale + bias, computed as flax does."""
+        feature_shape = tuple(x.shape[i] for i in feature_axes)
+        y = x - jnp.expand_dims(mean, axes)
+        multiplier = lax.rsqrt(jnp.expand_dims(var, axes) + jnp.asarray(self.epsilon, var.dtype))
+        args = [x]
+        if self.use_scale:
+            scale = self.param("scale", self.scale_init, feature_shape, self.param_dtype)
+            multiplier *= jnp.expand_dims(scale, axes)
+            args.append(scale)
+        y *= multiplier
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, feature_shape, self.param_dtype)
+            y += jnp.expand_dims(bias, axes)
+            args.append(bias)
+        return y.astype(dtypes.canonicalize_dtype(*args, dtype=self.dtype))
+
+
+def _canonicalize_axes(rank: int, axis: int | Sequence[int]) -> tuple[int, ...]:
+    axes = (axis,) if isinstance(axis, int) else tuple(axis)
+    if any(not -rank <= a < rank for a in axes):
+        raise ValueError(
+            f"MemorizedBatchNorm expected axis within the rank of its input, got axis={axis} "
+            f"for an input of rank {rank}."
+        )
+    return tuple(sorted({a % rank for a in axes}))
+
+
+def _check_options(layer: MemorizedBatchNorm) -> None:
+    """Raises ValueError where a concrete option is impossible; traced ones are taken on trust."""
+    capacity = layer.memory_capacity
+    if capacity is not None and capacity < 1:
+        raise ValueError(f"memory_capacity must be 1 or more, got {capacity}.")
+    if isinstance(layer.memory_size, jax.core.Tracer):
+        if capacity is None:
+            raise ValueError(
+                "A traced memory_size needs memory_capacity, the number of slots to make room for."
+            )
+    else:
+        if int(layer.memory_size) != layer.memory_size or layer.memory_size < 1:
+            raise ValueError(
+                f"memory_size must be a whole number of 1 or more (it counts the current batch), "
+                f"got {layer.memory_size}."
+            )
+        if capacity is not None and layer.memory_size > capacity:
+            raise ValueError(
+                f"memory_size must be at most memory_capacity={capacity}, got {layer.memory_size}."
+            )
+    if not isinstance(layer.decay, jax.core.Tracer) and not 0 < layer.decay <= 1:
+        raise ValueError(f"decay must be in (0, 1], got {layer.decay}.")
+    if layer.gradient not in GRADIENTS:
+        raise ValueError(f"gradient must be one of {GRADIENTS}, got {layer.gradient!r}.")
+    for name in ("r_max", "d_max"):
+        limit = getattr(layer, name)
+        if limit is None:
+            continue
+        if layer.gradient != "renorm":
+            raise ValueError(
+                f"{name} clips Batch Renormalization's correction and needs gradient='renorm', "
+                f"got gradient={layer.gradient!r}."
+            )
+        if limit < (1 if name == "r_max" else 0):
+            raise ValueError(
+                f"{name} must be {'1 or more' if name == 'r_max' else '0 or more'}, got {limit}."
+            )

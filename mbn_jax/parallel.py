@@ -1,0 +1,128 @@
+"""How one per-device function runs on many devices: layout, runtime, pooling of statistics.
+
+Every array that lives on the devices has a leading axis with one entry a local device. Both
+runtimes share that layout, so that the choice between them is made here and nowhere else.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from mbn_jax.statistics import Moments, pool_groups
+
+PyTree = Any
+
+AXIS_NAME = "batch"
+RUNTIMES = ("pmap", "shard_map")
+
+
+def _mesh() -> Mesh:
+    return Mesh(np.array(jax.local_devices()), (AXIS_NAME,))
+
+
+def _sharding() -> NamedSharding:
+    return NamedSharding(_mesh(), PartitionSpec(AXIS_NAME))
+
+
+def map_over_devices(
+    function: Callable, *, runtime: str = "pmap", donate_argnums: tuple[int, ...] = ()
+) -> Callable:
+    """Compiles a per-device function to run on every local device, with `AXIS_NAME` bound.
+
+    Args:
+      function: pure, of pytrees of arrays; sees one device's entries, without the leading axis.
+      runtime: 'pmap', or 'shard_map' under `jit`; the same numbers from both.
+      donate_argnums: arguments whose buffers may be reused.
+
+    Returns:
+      The compiled function, of and to pytrees with the leading device axis.
+    """
+    if runtime == "pmap":
+        return jax.pmap(function, axis_name=AXIS_NAME, donate_argnums=donate_argnums)
+
+    def per_device(*args: PyTree) -> PyTree:
+        out = function(*jax.tree.map(lambda x: x[0], args))
+        return jax.tree.map(lambda x: x[None], out)
+
+    spec = PartitionSpec(AXIS_NAME)
+    # With check_vma=True, a gradient averaged by lax.pmean comes out multiplied by the devices.
+    mapped = jax.shard_map(per_device, mesh=_mesh(), in_specs=spec, out_specs=spec, check_vma=False)
+    return jax.jit(mapped, donate_argnums=donate_argnums)
+
+
+def replicate(tree: PyTree) -> PyTree:
+    """Puts a copy of every array on each local device, `[devices, ...]`."""
+    sharding, devices = _sharding(), jax.local_devices()
+
+    def copy(x) -> jax.Array:
+        if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(copy(jax.random.key_data(x)))
+        # From the host: donating the result must never delete the array it was made from.
+        x = np.array(x)[None]
+        shards = [jax.device_put(x.copy(), device) for device in devices]
+        shape = (len(devices), *x.shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+    return jax.tree.map(copy, tree)
+
+
+def distribute(tree: PyTree) -> PyTree:
+    """Puts arrays `[devices, ...]` on the local devices, entry by entry."""
+    return jax.device_put(tree, _sharding())
+
+
+def first_device(tree: PyTree) -> PyTree:
+    """Returns the first device's entry of every array, for what is the same on all."""
+    return jax.tree.map(lambda x: x[0], tree)
+
+
+def split_over_devices(batch: PyTree, *, axis: int = 0) -> PyTree:
+    """Moves the batch `axis` of host arrays into `[devices, ..., batch / devices, ...]`.
+
+    >>> split_over_devices({'index': np.arange(4)})['index'].shape[0] == jax.local_device_count()
+    True
+    """
+    devices = jax.local_device_count()
+
+    def split(x: np.ndarray) -> np.ndarray:
+        parts = np.split(x, devices, axis=axis)
+        return np.stack(parts)
+
+    return jax.tree.map(split, batch)
+
+
+def pool_over_devices(batch_stats: PyTree) -> PyTree:
+    """Pools statistics that each device keeps for itself into those of all devices together.
+
+    By the law of total variance, wherever a layer keeps a `mean` beside a `var`: weighted by its
+    `count` if it has one (a memory, slot by slot), else equally. An average of variances would lose
+    the spread between the devices. Other floating-point arrays are averaged; integers, such as
+    counters, are the first device's, for an average would turn them into floats.
+
+    Args:
+      batch_stats: nested dicts of arrays `[devices, ...]`.
+
+    Returns:
+      The same without the first axis: what one device can use for inference or go on from.
+
+    >>> stats = {'mean': jnp.array([[0.0], [2.0]]), 'var': jnp.array([[1.0], [1.0]])}
+    >>> {name: float(x[0]) for name, x in pool_over_devices(stats).items()}
+    {'mean': 1.0, 'var': 2.0}
+    """
+    if not isinstance(batch_stats, dict):
+        if jnp.issubdtype(batch_stats.dtype, jnp.inexact):
+            return batch_stats.mean(0)
+        return batch_stats[0]
+    pooled: dict[str, jax.Array] = {}
+    mean, var = batch_stats.get("mean"), batch_stats.get("var")
+    if isinstance(mean, jax.Array) and isinstance(var, jax.Array):
+        count = batch_stats.get("count", jnp.ones_like(var))
+        pooled = pool_groups(Moments(mean, var, count))._asdict()
+    return {
+        name: pooled[name] if name in pooled else pool_over_devices(value)
+        for name, value in batch_stats.items()
+    }

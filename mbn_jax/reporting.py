@@ -1,0 +1,110 @@
+"""What a run leaves for people: a progress line, `metrics.jsonl`, TensorBoard events, curves."""
+
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Mapping
+
+from tensorboardX import SummaryWriter
+
+METRICS = "metrics.jsonl"
+CURVES = "curves.png"
+
+
+def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
+    """Reads the records of a run, oldest first; `[]` where there are none."""
+    try:
+        lines = (workdir / METRICS).read_text().splitlines()
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines]
+
+
+class Reporter:
+    """Writes the records of a run, and the line that shows how far it is."""
+
+    def __init__(self, workdir: pathlib.Path, *, first_step: int, total_steps: int):
+        """Goes on after `first_step`: records past it, to be written again, are dropped."""
+        self._total_steps = total_steps
+        self._first_step = first_step
+        self._begin = time.monotonic()
+        self._is_terminal = sys.stderr.isatty()
+        kept = [r for r in _sound_records(workdir) if r["step"] <= first_step]
+        temporary = workdir / f"{METRICS}.new"
+        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
+        os.replace(temporary, workdir / METRICS)
+        self._metrics = (workdir / METRICS).open("a")
+        self._events = SummaryWriter(str(workdir), purge_step=first_step + 1)
+
+    def write(self, step: int, values: Mapping[str, float], *, only_events: bool = False) -> None:
+        """Writes one record: a line of `metrics.jsonl`, and a scalar a value for TensorBoard."""
+        if not only_events:
+            self._metrics.write(json.dumps({"step": step, **values}) + "\n")
+            self._metrics.flush()
+        for name, value in values.items():
+            self._events.add_scalar(name, value, step)
+
+    def progress(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows step, loss, error, images/s and the time left."""
+        done = step - self._first_step
+        left = (time.monotonic() - self._begin) / max(done, 1) * (self._total_steps - step)
+        line = (
+            f"step {step}/{self._total_steps}  loss {values['train_loss']:.4f}  "
+            f"error {values['train_error']:.2%}  {values['images_per_second']:,.0f} images/s  "
+            f"{left:.0f} s left"
+        )
+        if self._is_terminal:
+            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def say(self, line: str) -> None:
+        """Prints a line that stays."""
+        print(f"\r\033[K{line}" if self._is_terminal else line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Flushes and closes the files."""
+        self._metrics.close()
+        self._events.close()
+
+
+def _sound_records(workdir: pathlib.Path) -> list[dict[str, float]]:
+    """Reads the records, but for a last line that a kill cut short."""
+    try:
+        lines = (workdir / METRICS).read_text().splitlines(keepends=True)
+    except FileNotFoundError:
+        return []
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
+    return [json.loads(line) for line in lines]
+
+
+def draw_curves(workdir: pathlib.Path, title: str) -> pathlib.Path:
+    """Draws loss and error of training and test over the steps into `curves.png`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    records = read_metrics(workdir)
+    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
+    for panel, metric, scale, label in zip(
+        panels, ("loss", "error"), (1, 100), ("loss", "error (%)"), strict=True
+    ):
+        for split, style in (("train", {"alpha": 0.6}), ("test", {"marker": "o", "markersize": 3})):
+            points = [
+                (r["step"], r[f"{split}_{metric}"]) for r in records if f"{split}_{metric}" in r
+            ]
+            if points:
+                steps, values = zip(*points, strict=True)
+                panel.plot(steps, [v * scale for v in values], label=split, **style)
+        panel.set(xlabel="step", ylabel=label)
+        panel.set_ylim(bottom=0)
+        panel.grid(alpha=0.3)
+        panel.legend()
+    figure.suptitle(title, fontsize=10)
+    figure.savefig(workdir / CURVES, dpi=120)
+    plt.close(figure)
+    return workdir / CURVES

@@ -1,0 +1,20 @@
+"""Eight CPU devices, and silent broadcasting is an error: set before JAX starts."""
+
+import os
+
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=8"
+os.environ["MPLBACKEND"] = "Agg"
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def data_dir(tmp_path_factory):
+    """A TFDS folder in which the digits are prepared once a session."""
+    from mbn_jax.datasets.images import load_split
+
+    folder = tmp_path_factory.mktemp("tfds")
+    load_split("digits", "test", data_dir=str(folder))
+    return str(folder)
