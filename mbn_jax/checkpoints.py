@@ -113,8 +113,8 @@ class Checkpoints:
         except (ValueError, KeyError, TypeError) as error:
             # Its checksums match: it is sound, but of another model.
             raise UserError(
-                f"The checkpoint {self._folder / str(step)} does not fit the model of this config "
-                f"({str(error).splitlines()[0]}); use another workdir or the config it was made with."
+                f"The checkpoint {self._folder / str(step)} does not fit the model of this "
+                f"config ({str(error).splitlines()[0]}); use the config it was made with."
             ) from error
         key = jax.random.wrap_key_data(tree["state"].key)
         return tree["state"].replace(key=key), tree["batch_stats"]

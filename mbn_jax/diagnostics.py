@@ -26,8 +26,9 @@ def memory_distance(batch_stats: PyTree, memory_size: int, decay: float) -> dict
     Returns:
       A scalar for each `MemorizedBatchNorm`, by its path; empty where there are none.
 
-    >>> memory = {'mean': jnp.array([[2.0], [0.0]]), 'var': jnp.ones((2, 1)), 'count': jnp.ones((2, 1))}
-    >>> {k: round(float(v), 4) for k, v in memory_distance({'norm': memory}, 2, 1.0).items()}
+    >>> ones = jnp.ones((2, 1))
+    >>> stats = {'norm': {'mean': jnp.array([[2.0], [0.0]]), 'var': ones, 'count': ones}}
+    >>> {k: round(float(v), 4) for k, v in memory_distance(stats, 2, 1.0).items()}
     {'norm': 0.7071}
     """
     distances = {}

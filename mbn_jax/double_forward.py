@@ -66,8 +66,8 @@ class TrainState(struct.PyTreeNode):
         unknown = set(variables) - {"params", "batch_stats"}
         if unknown:
             raise ValueError(
-                f"TrainState carries the collections 'params' and 'batch_stats', the model also has "
-                f"{sorted(unknown)}; take them out of the variables, or write a step that keeps them."
+                f"TrainState carries the collections 'params' and 'batch_stats', the model also "
+                f"has {sorted(unknown)}; take them out, or write a step that keeps them."
             )
         return cls(
             step=jnp.zeros((), jnp.int32),

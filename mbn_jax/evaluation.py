@@ -64,7 +64,7 @@ class Evaluator:
         batch = take(data, batch)
         variables = {"params": params, "batch_stats": batch_stats}
         images = self._experiment.images(batch)
-        logits = self._experiment.model.apply(variables, images, train=False)
+        logits = jnp.asarray(self._experiment.model.apply(variables, images, train=False))
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
         sums = {
             "loss": jnp.sum(jnp.where(batch["mask"], loss, 0)),

@@ -1,4 +1,4 @@
-"""What a configuration stands for: data, network, optimizer and the functions that run on devices."""
+"""What a configuration stands for: data, network, optimizer and what a device runs."""
 
 import dataclasses
 import functools
@@ -144,7 +144,7 @@ def classification_loss(apply, batch: Batch):
 
 
 def load_dataset_split(config: ConfigDict, split: str) -> Split:
-    """Opens a split of the data set that `config.dataset` names; raises UserError as `load_split`."""
+    """Opens a split of the data set of `config.dataset`; raises UserError as `load_split`."""
     options = config.dataset
     return load_split(
         options.name,

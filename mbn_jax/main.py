@@ -18,7 +18,8 @@ USER_MISTAKE = 2
 DIVERGED = 3
 
 
-def _train(argv: Sequence[str]) -> int:
+def train_command(argv: Sequence[str]) -> int:
+    """Runs `mbn-train` with these arguments; returns its exit status, raises UserError."""
     parser = argparse.ArgumentParser(
         prog="mbn-train",
         allow_abbrev=False,
@@ -61,7 +62,8 @@ Exit status: 0 done, {USER_MISTAKE} a mistake in the input, {DIVERGED} the loss 
     return 0
 
 
-def _evaluate(argv: Sequence[str]) -> int:
+def eval_command(argv: Sequence[str]) -> int:
+    """Runs `mbn-eval` with these arguments; returns its exit status, raises UserError."""
     parser = argparse.ArgumentParser(
         prog="mbn-eval",
         allow_abbrev=False,
@@ -137,12 +139,12 @@ def _run(command: Callable[[Sequence[str]], int], name: str) -> None:
 
 def train_main() -> None:
     """Runs `mbn-train`."""
-    _run(_train, "mbn-train")
+    _run(train_command, "mbn-train")
 
 
 def eval_main() -> None:
     """Runs `mbn-eval`."""
-    _run(_evaluate, "mbn-eval")
+    _run(eval_command, "mbn-eval")
 
 
 if __name__ == "__main__":

@@ -107,22 +107,27 @@ def batch_moments(
         x = jnp.where(mask, x, jnp.zeros_like(x))
         count = mask.sum(axes, dtype=count_dtype)
 
+    def wide(values: Array):
+        return jnp.promote_types(values.dtype, count_dtype)
+
     def average(values: Array) -> Array:
         if mask is None:
             return values.mean(axes)
-        total = jnp.where(mask, values, jnp.zeros_like(values)).sum(axes)
-        return total / jnp.maximum(count, 1).astype(real_dtype)
+        total = jnp.where(mask, values, jnp.zeros_like(values)).sum(axes, dtype=wide(values))
+        return (total / jnp.maximum(count, 1)).astype(values.dtype)
 
     def average_over_devices(*values: Array) -> tuple[list[Array], Array]:
         if axis_name is None:
             return list(values), count
         if mask is None:
             devices = lax.psum(1, axis_name, axis_index_groups=axis_index_groups)
-            sums = _all_sum(values, axis_name, axis_index_groups)
-            return [s / devices for s in sums], count * devices
-        weighted = [jnp.asarray(v * count, jnp.promote_types(v.dtype, count_dtype)) for v in values]
-        *sums, total = _all_sum([*weighted, count], axis_name, axis_index_groups)
-        means = [s / jnp.maximum(total, 1) for s in sums]
+            total = count * devices
+            sums = _all_sum([v.astype(wide(v)) for v in values], axis_name, axis_index_groups)
+            means = [s / devices for s in sums]
+        else:
+            weighted = [v.astype(wide(v)) * count for v in values]
+            *sums, total = _all_sum([*weighted, count], axis_name, axis_index_groups)
+            means = [s / jnp.maximum(total, 1) for s in sums]
         return [m.astype(v.dtype) for m, v in zip(means, values, strict=True)], total
 
     if use_fast_variance:

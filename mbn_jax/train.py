@@ -62,7 +62,7 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, float]:
       NonFiniteLossError: if training diverges.
     """
     workdir = pathlib.Path(workdir)
-    check_workdir(config, workdir)
+    open_workdir(config, workdir)
     experiment = Experiment.build(config)
     save_config(config, workdir)
 
@@ -187,8 +187,12 @@ def last_values(workdir: pathlib.Path) -> dict[str, float]:
     return values
 
 
-def check_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Raises UserError where `workdir` is a run of another configuration, naming the fields."""
+def open_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Makes `workdir`; raises UserError where it is a run of another config, naming the fields."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(workdir, error) from error
     try:
         saved = load_config(workdir)
     except FileNotFoundError:
@@ -206,10 +210,13 @@ def check_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
 def save_config(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Writes the resolved configuration as `config.json`."""
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
         (workdir / CONFIG).write_text(config.to_json(indent=1) + "\n")
     except OSError as error:
-        raise UserError(f"Cannot write to --workdir={workdir}: {error.strerror}.") from error
+        raise _cannot_write(workdir, error) from error
+
+
+def _cannot_write(workdir: pathlib.Path, error: OSError) -> UserError:
+    return UserError(f"Cannot write to --workdir={workdir}: {error.strerror}.")
 
 
 def load_config(workdir: pathlib.Path) -> ConfigDict:

@@ -9,7 +9,7 @@ from flax import linen as nn
 
 
 class ConvNet(nn.Module):
-    """3x3 convolutions, each followed by a norm and a ReLU, then a mean over space and a classifier.
+    """3x3 convolutions, each with a norm and a ReLU, then a mean over space and a classifier.
 
     Every convolution but the first halves the image.
 
@@ -34,7 +34,7 @@ class ConvNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
-        """Returns logits `[batch, num_classes]` in float32 for images `[batch, height, width, channels]`."""
+        """Returns float32 logits `[batch, classes]` for `[batch, height, width, channels]`."""
         x = x.astype(self.dtype)
         for i, features in enumerate(self.features):
             stride = 1 if i == 0 else 2

@@ -1,0 +1,178 @@
+"""The way of the data: real images, an order that depends on nothing but seed and step."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits
+
+from mbn_jax.datasets.images import load_split
+from mbn_jax.datasets.pipeline import (
+    augment,
+    evaluation_batches,
+    example_keys,
+    pixel_statistics,
+    standardize,
+    take,
+    training_batches,
+)
+from mbn_jax.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def train(data_dir):
+    return load_split("digits", "train", data_dir=data_dir)
+
+
+def indices(split, **options):
+    options = {"seed": 0, "batch_size": 12, "first_step": 0, "num_steps": 30} | options
+    return np.stack([batch["index"] for batch in training_batches(split, **options)])
+
+
+def test_digits_are_the_real_ones_each_in_one_split(data_dir, train):
+    test = load_split("digits", "test", data_dir=data_dir)
+    assert (len(train), len(test)) == (1437, 360)
+    assert (train.image_shape, train.num_classes) == ((8, 8, 1), 10)
+    found = {
+        (image.tobytes(), int(label))
+        for split in (train, test)
+        for image, label in zip(split.images, split.labels, strict=True)
+    }
+    digits = load_digits()
+    stored = np.round(digits.images * (255 / 16)).astype(np.uint8)
+    pairs = zip(stored, digits.target, strict=True)
+    assert found == {(image.tobytes(), int(label)) for image, label in pairs}
+
+
+def test_slices_of_splits(data_dir, train):
+    part = load_split("digits", "train[10%:20%]", data_dir=data_dir)
+    assert len(part) == 143
+    assert (part.images == train.images[144:287]).all()
+
+
+def test_every_epoch_sees_every_example_once_in_an_order_of_its_own(train):
+    order = indices(train, batch_size=1437, num_steps=2)
+    assert (np.sort(order, axis=1) == np.arange(1437)[None]).all()
+    assert (order[0] != order[1]).any()
+
+
+def test_order_depends_on_seed_and_resumes_at_any_step(train):
+    order = indices(train)
+    assert (indices(train) == order).all()
+    assert (indices(train, seed=1) != order).any()
+    assert (indices(train, first_step=17) == order[17:]).all()
+
+
+@pytest.mark.parametrize("hosts", [2, 4])
+def test_hosts_divide_each_global_batch_between_them(train, hosts):
+    parts = [indices(train, process_index=i, process_count=hosts) for i in range(hosts)]
+    assert (np.concatenate(parts, axis=1) == indices(train)).all()
+
+
+def test_a_split_on_disk_gives_the_same_batches_as_one_in_memory(data_dir, train):
+    on_disk = load_split("digits", "train", data_dir=data_dir, max_bytes_in_memory=0)
+    assert on_disk.images is None
+    options = {"seed": 3, "batch_size": 4, "first_step": 2, "num_steps": 6}
+    data = {"image": train.images, "label": train.labels}
+    decoded, looked_up = (list(training_batches(s, **options)) for s in (on_disk, train))
+    assert len(decoded) == 4
+    for a, b in zip(decoded, looked_up, strict=True):
+        b = take(data, b)
+        assert (a["image"] == b["image"]).all()
+        assert (a["label"] == b["label"]).all()
+    assert np.allclose(pixel_statistics(on_disk), pixel_statistics(train), atol=0)
+
+
+def test_evaluation_counts_every_example_once(train):
+    batches = list(evaluation_batches(train, 100))
+    assert {len(batch["mask"]) for batch in batches} == {100}
+    counted = np.concatenate([batch["index"][batch["mask"]] for batch in batches])
+    assert counted.tolist() == list(range(1437))
+
+
+def test_images_are_resized_on_request(data_dir, train):
+    large = load_split("digits", "test[:5]", data_dir=data_dir, image_size=16)
+    assert large.images.shape == (5, 16, 16, 1)
+
+
+def test_standardized_pixels_have_mean_0_and_variance_1(train):
+    images = standardize(jnp.asarray(train.images), *pixel_statistics(train))
+    # Float32 sums over 92,000 pixels.
+    assert abs(float(images.mean())) < 1e-4
+    assert abs(float(images.std()) - 1) < 1e-4
+
+
+def test_augmentation_shifts_and_mirrors():
+    image = np.zeros((9, 9, 1), np.float32)
+    image[4, 4], image[4, 5] = 1.0, 2.0
+    keys = example_keys(jax.random.key(0), 0, jnp.arange(400))
+    images = jnp.tile(image[None], (400, 1, 1, 1))
+    shown = np.asarray(augment(images, keys, crop_padding=2, flip=True))
+    ones, twos = (np.argwhere(shown[..., 0] == value)[:, 1:] for value in (1.0, 2.0))
+    assert len(ones) == len(twos) == 400
+    steps = (twos - ones)[:, 1]
+    assert set(steps) == {1, -1}
+    # 400 fair draws: 5 standard deviations are 50.
+    assert abs((steps == 1).sum() - 200) < 50
+    assert set(map(tuple, ones)) == set(itertools.product(range(2, 7), range(2, 7)))
+
+
+def test_augmentation_depends_on_step_and_position_alone(train):
+    images = standardize(jnp.asarray(train.images[:8]), *pixel_statistics(train))
+    key = jax.random.key(5)
+
+    def augmented(positions, step=3):
+        keys = example_keys(key, jnp.int32(step), positions)
+        return augment(images[positions], keys, crop_padding=2, flip=True)
+
+    whole = augmented(jnp.arange(8))
+    halves = jnp.concatenate([augmented(jnp.arange(4)), augmented(jnp.arange(4, 8))])
+    assert (whole == halves).all()
+    assert (whole != augmented(jnp.arange(8), step=4)).any()
+    assert (augment(images, None, crop_padding=0, flip=False) == images).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "options", "message"),
+    [
+        ("digit", "train", {}, "TFDS has no data set 'digit'. Did you mean 'digits'"),
+        ("cifar10", "train", {}, r"'cifar10' is not prepared in .*mbn-jax\[prepare\].*tfds build"),
+        (
+            "digits",
+            "valid",
+            {},
+            r"'digits' has no examples in split 'valid'; its splits are \['test', 'train'\]",
+        ),
+        ("digits", "test[:0]", {}, r"'digits' has no examples in split 'test\[:0\]'"),
+    ],
+)
+def test_what_cannot_be_read_is_said_in_a_sentence(data_dir, name, split, options, message):
+    with pytest.raises(UserError, match=message):
+        load_split(name, split, data_dir=data_dir, **options)
+
+
+def test_only_image_classification_is_accepted(tmp_path):
+    import tensorflow_datasets as tfds
+
+    class Numbers(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {"x": tfds.features.Scalar(np.int64), "y": tfds.features.Scalar(np.int64)}
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(features),
+                supervised_keys=("x", "y"),
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            yield 0, {"x": 1, "y": 2}
+
+    Numbers(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    with pytest.raises(UserError, match="'numbers' is not an image-classification set"):
+        load_split("numbers", "train", data_dir=str(tmp_path))

@@ -1,0 +1,145 @@
+"""The command line: every mistake is one sentence and a status, before anything compiles."""
+
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from mbn_jax.config import default_config
+from mbn_jax.errors import UserError
+from mbn_jax.experiment import Experiment
+from mbn_jax.main import eval_command, parse_config, train_command
+
+ROOT = pathlib.Path(__file__).parent.parent
+DIGITS = str(ROOT / "configs" / "digits.py")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["--config.norm.memry_size=8"], 'no field .*Did you mean "memory_size"'),
+        (["--config.norm.memory_size=many"], "norm.memory_size=many"),
+        (["--config.norm.memory_size=1.5"], "norm.memory_size=1.5"),
+        (["--config.norm.memory_size=0"], "norm.memory_size must be 1 or more, got 0"),
+        (["--config.norm.decay=0"], r"norm.decay must be in \(0, 1\], got 0.0"),
+        (["--config.norm.decay=1.5"], r"norm.decay must be in \(0, 1\], got 1.5"),
+        (["--config.norm.gradient=throgh"], "norm.gradient must be .* Did you mean 'through'"),
+        (["--config.norm.r_max=2"], "need norm.gradient='renorm', got 'auto'"),
+        (["--config.norm.name=memorised"], "norm.name must be .* Did you mean 'memorized'"),
+        (["--config.norm.sync=all"], "norm.sync must be one of sync, group, local, got 'all'"),
+        (["--config.model.name=resnet"], "model.name must be one of convnet, got 'resnet'"),
+        (["--config.double_forward=on"], "double_forward must be one of off, rewrite, got 'on'"),
+        (["--config.batch_size=0"], "batch_size must be 1 or more, got 0"),
+        (["--config.batch_size=12"], "divisible by the 8 devices, got 12"),
+        (["--config.batch_size=1440"], "at most the 1437 examples of split 'train'"),
+        (["--config.norm.sync=group", "--config.norm.sync_group_size=3"], "must divide the 8"),
+        (["--config.num_epochs=0"], "num_epochs must be more than 0, got 0.0"),
+        (["--config.num_epochs=nan"], "num_epochs must be more than 0, got nan"),
+        (["--config.num_epochs=0.001"], "less than one step"),
+        (["--config.optimizer.learning_rate=-1"], "learning_rate must be more than 0, got -1.0"),
+        (["--config.dataset.name=digit"], "no data set 'digit'. Did you mean 'digits'"),
+        (["--config.dataset.test_split=valid"], "'digits' has no examples in split 'valid'"),
+        (["--config.log_every_steps=0"], "log_every_steps must be 1 or more, got 0"),
+        (
+            ["--config.steps_per_dispatch=8", "--config.log_every_steps=100"],
+            "log_every_steps must be a multiple of steps_per_dispatch=8, got 100",
+        ),
+        (["--confg.norm.decay=1"], "unknown argument --confg.norm.decay=1; see --help"),
+        (["extra"], "unknown argument extra; see --help"),
+    ],
+)
+def test_mistakes_in_the_config(overrides, message, data_dir, tmp_path, monkeypatch):
+    def compile_nothing(self):
+        raise AssertionError("compiled before the check")
+
+    monkeypatch.setattr(Experiment, "initial_state", compile_nothing)
+    fixed = ["--config.batch_size=16", f"--config.dataset.data_dir={data_dir}"]
+    argv = [f"--config={DIGITS}", f"--workdir={tmp_path / 'run'}", *fixed, *overrides]
+    with pytest.raises(UserError, match=message) as error:
+        train_command(argv)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "--config is missing; one that works: mbn-train --config=configs/digits.py"),
+        ([f"--config={DIGITS}"], "--workdir is missing"),
+        (["--config=nowhere.py", "--workdir=w"], "there is no config file nowhere.py"),
+    ],
+)
+def test_missing_arguments(argv, message):
+    with pytest.raises(UserError, match=message):
+        train_command(argv)
+
+
+def test_a_broken_config_file_is_named(tmp_path):
+    broken = tmp_path / "broken.py"
+    broken.write_text("def get_config():\n  return 1 / 0\n")
+    with pytest.raises(UserError, match=r"broken\.py failed: ZeroDivisionError"):
+        parse_config(str(broken))
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path, data_dir):
+    (tmp_path / "file").write_text("")
+    argv = [f"--config={DIGITS}", f"--workdir={tmp_path / 'file' / 'run'}"]
+    argv += ["--config.batch_size=16", f"--config.dataset.data_dir={data_dir}"]
+    with pytest.raises(UserError, match="Cannot write to --workdir"):
+        train_command(argv)
+
+
+def test_eval_without_a_run(tmp_path):
+    with pytest.raises(UserError, match="not the folder of a run"):
+        eval_command([f"--workdir={tmp_path}"])
+
+
+def test_a_mistake_ends_with_a_sentence_a_status_and_no_traceback(tmp_path):
+    command = [sys.executable, "-m", "mbn_jax.main", f"--config={DIGITS}"]
+    result = subprocess.run(
+        [*command, f"--workdir={tmp_path}", "--config.norm.decay=2"],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"XLA_FLAGS": ""},
+    )
+    assert result.returncode == 2
+    assert result.stderr == "mbn-train: norm.decay must be in (0, 1], got 2.0.\n"
+
+
+def test_help_shows_commands_to_type():
+    result = subprocess.run(
+        [sys.executable, "-m", "mbn_jax.main", "--help"], capture_output=True, text=True, check=True
+    )
+    assert "mbn-train --config=configs/digits.py --workdir=runs/digits" in result.stdout
+    assert "--config.FIELD" in result.stdout
+
+
+def test_overrides_reach_every_kind_of_field():
+    config = parse_config(
+        DIGITS,
+        [
+            "--config.norm.memory_size=8",
+            "--config.num_epochs=3",
+            "--config.model.features=(4,)",
+            "--config.dataset.flip",
+            "--config.norm.sync=local",
+        ],
+    )
+    assert config.norm.memory_size == 8
+    assert (config.num_epochs, config.model.features) == (3.0, (4,))
+    assert (config.dataset.flip, config.norm.sync) == (True, "local")
+
+
+@pytest.mark.parametrize("path", sorted(map(str, (ROOT / "configs").glob("*.py"))))
+def test_every_config_changes_known_fields_only(path):
+    def fields(config, prefix=""):
+        for name, value in config.items():
+            if hasattr(value, "items"):
+                yield from fields(value, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}"
+
+    assert set(fields(parse_config(path))) == set(fields(default_config()))

@@ -1,0 +1,670 @@
+"""Normalization layers: what every one must do, then what `MemorizedBatchNorm` must do."""
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference
+from flax import linen as nn
+
+from mbn_jax import MemorizedBatchNorm
+from mbn_jax.normalization import BATCH_MOMENTS, statistics_with_gradient
+from mbn_jax.norms import Affine
+from mbn_jax.statistics import Moments, memory_weights, pool
+
+EPSILON = 1e-5
+RULES = ["through", "renorm", "auto"]
+# Outputs are of size 1 to 10: some ten roundoffs (6e-8) of float32.
+ROUNDING = 5e-6
+close = functools.partial(np.testing.assert_allclose, rtol=ROUNDING, atol=ROUNDING)
+equal = np.testing.assert_array_equal
+
+
+def normal(*shape, seed=0, mean=0.0, std=1.0, dtype=np.float32):
+    x = np.random.default_rng(seed).normal(size=(2, *shape))
+    x = x[0] + 1j * x[1] if np.issubdtype(dtype, np.complexfloating) else x[0]
+    return jnp.asarray((mean + std * x).astype(dtype))
+
+
+def assert_trees(check, actual, expected):
+    jax.tree.map(check, actual, expected, is_leaf=lambda leaf: leaf is None)
+
+
+def train(layer, variables, x, **kwargs):
+    """Returns the training output and the variables with the statistics after it."""
+    y, updates = layer.apply(variables, x, mutable=["batch_stats"], **kwargs)
+    return y, {**variables, **updates}
+
+
+# The contract of every norm layer: a new norm is a new row.
+
+
+class Norm(NamedTuple):
+    make: Callable[..., nn.Module]
+    # Normalizes by statistics of the batch: takes mask, axis, axis_name and the flag in the call.
+    statistics: bool = True
+
+
+memorized = functools.partial(MemorizedBatchNorm, memory_size=4)
+NORMS = {
+    "memorized": Norm(memorized),
+    "memorized_renorm": Norm(functools.partial(memorized, gradient="renorm")),
+    "memorized_through": Norm(functools.partial(memorized, gradient="through")),
+    "memorized_clipped": Norm(functools.partial(memorized, gradient="renorm", r_max=2.0, d_max=1)),
+    "memorized_two_pass": Norm(functools.partial(memorized, use_fast_variance=False)),
+    "memorized_one_slot": Norm(functools.partial(MemorizedBatchNorm, memory_size=1)),
+    "memorized_room": Norm(functools.partial(memorized, memory_capacity=7, decay=1.0)),
+    "batch": Norm(nn.BatchNorm),
+    "affine": Norm(Affine, statistics=False),
+}
+every_norm = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+every_statistical_norm = pytest.mark.parametrize(
+    "norm",
+    [n for n in NORMS.values() if n.statistics],
+    ids=[k for k in NORMS if NORMS[k].statistics],
+)
+
+
+def started(norm, x, steps=2, **options):
+    """Returns the layer and its variables after a few steps on data of another distribution."""
+    layer = norm.make(use_running_average=False, **options)
+    variables = layer.init(jax.random.key(0), x)
+    for seed in range(steps):
+        _, variables = train(layer, variables, 1.5 * normal(*x.shape, seed=90 + seed) + 0.5)
+    return layer, variables
+
+
+@every_norm
+@pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_output_has_the_shape_of_the_input_and_the_dtype_asked_for(norm, dtype, inference):
+    x = normal(4, 5, 3)
+    _, variables = started(norm, x)
+    expected, _ = train(norm.make(use_running_average=inference), variables, x)
+    layer = norm.make(use_running_average=inference, dtype=dtype)
+    y, after = train(layer, variables, x.astype(dtype))
+    assert y.shape == x.shape
+    assert y.dtype == dtype
+    # Half precision is for the result, not for the statistics.
+    assert {leaf.dtype for leaf in jax.tree.leaves(after)} == {jnp.dtype("float32")}
+    # The input and the output are each rounded to within 1 ulp of numbers below 4.
+    np.testing.assert_allclose(
+        np.float32(y), expected, atol=8 * float(jnp.finfo(dtype).eps), rtol=ROUNDING
+    )
+
+
+@every_norm
+def test_init_writes_no_statistics_and_its_batch_size_binds_nothing(norm):
+    x = normal(6, 5, 3, mean=7)
+    key = jax.random.key(0)
+    expected = norm.make(use_running_average=True).init(key, x)
+    for example in (x, x[:1, :2]):
+        assert_trees(equal, norm.make(use_running_average=False).init(key, example), expected)
+    variables = norm.make(use_running_average=False).init(key, x[:1, :2])
+    y, _ = train(norm.make(use_running_average=False), variables, x)
+    assert y.shape == x.shape
+
+
+@every_statistical_norm
+def test_init_needs_no_named_axis(norm):
+    layer = norm.make(use_running_average=False, axis_name="batch")
+    variables = layer.init(jax.random.key(0), normal(4, 3))
+    with pytest.raises(NameError, match="batch"):
+        train(layer, variables, normal(4, 3))
+
+
+@every_norm
+def test_inference_leaves_the_statistics_alone(norm):
+    x = normal(4, 5, 3)
+    _, variables = started(norm, x)
+    layer = norm.make(use_running_average=True)
+    y, after = train(layer, variables, x)
+    assert_trees(equal, after, variables)
+    # And needs no mutable collection.
+    equal(layer.apply(variables, x), y)
+
+
+@every_norm
+def test_training_changes_all_of_the_statistics_and_nothing_else(norm):
+    x = normal(4, 5, 3)
+    layer, variables = started(norm, x)
+    _, updates = layer.apply(variables, x, mutable=True)
+    assert_trees(equal, updates.get("params", variables["params"]), variables["params"])
+    assert set(updates) - {"params", BATCH_MOMENTS} == (
+        {"batch_stats"} if norm.statistics else set()
+    )
+    before, after = variables.get("batch_stats", {}), updates.get("batch_stats", {})
+    assert jax.tree.map(jnp.shape, after) == jax.tree.map(jnp.shape, before)
+    for name in ("mean", "var") if norm.statistics else ():
+        assert not np.any(np.asarray(after[name] == before[name]).all(0))
+
+
+@every_statistical_norm
+def test_use_running_average_is_given_once_here_or_there(norm):
+    x = normal(4, 3)
+    _, variables = started(norm, x)
+    for flag in (False, True):
+        expected, _ = train(norm.make(use_running_average=flag), variables, x)
+        y, _ = train(norm.make(), variables, x, use_running_average=flag)
+        equal(y, expected)
+    for layer, kwargs in (
+        (norm.make(), {}),
+        (norm.make(use_running_average=True), {"use_running_average": True}),
+    ):
+        with pytest.raises(ValueError, match="use_running_average"):
+            train(layer, variables, x, **kwargs)
+
+
+@every_norm
+@pytest.mark.parametrize("inference", [False, True])
+def test_jit_equals_eager(norm, inference):
+    x = normal(4, 5, 3)
+    _, variables = started(norm, x)
+    step = functools.partial(train, norm.make(use_running_average=inference))
+    assert_trees(close, jax.jit(step)(variables, x), step(variables, x))
+
+
+@every_statistical_norm
+@pytest.mark.parametrize("poison", [np.nan, np.inf, -1e30])
+def test_masked_elements_change_nothing(norm, poison):
+    x = normal(6, 5, 3)
+    # Rows, positions and features.
+    mask = jnp.ones(x.shape, bool).at[2].set(False).at[:, 3].set(False).at[1, 1, 1].set(False)
+    layer, variables = started(norm, x)
+    y, after = train(layer, variables, x, mask=mask)
+    poisoned = jnp.where(mask, x, poison)
+    y_poisoned, after_poisoned = train(layer, variables, poisoned, mask=mask)
+    equal(np.where(mask, y_poisoned, 0), np.where(mask, y, 0))
+    assert_trees(equal, after_poisoned, after)
+
+
+@every_statistical_norm
+def test_masked_rows_are_as_if_absent(norm):
+    x = normal(6, 5, 3)
+    keep = np.array([0, 1, 3, 5])
+    mask = jnp.isin(jnp.arange(6), keep)[:, None, None]
+    layer, variables = started(norm, x)
+    y, after = train(layer, variables, x, mask=mask)
+    expected, expected_after = train(layer, variables, x[keep])
+    close(y[keep], expected)
+    assert_trees(close, after, expected_after)
+
+
+@every_statistical_norm
+def test_axis_is_one_or_several(norm):
+    x = normal(6, 2, 3)
+    for axis, to_last, back in (
+        (-2, lambda v: v.swapaxes(1, 2), lambda v: v.swapaxes(1, 2)),
+        ((1,), lambda v: v.swapaxes(1, 2), lambda v: v.swapaxes(1, 2)),
+        ((1, -1), lambda v: v.reshape(6, 6), lambda v: v.reshape(6, 2, 3)),
+        ((0, 2), lambda v: v.swapaxes(0, 1).reshape(2, 18), None),
+    ):
+        layer, plain = (norm.make(use_running_average=False, **kw) for kw in ({"axis": axis}, {}))
+        variables = layer.init(jax.random.key(0), x)
+        y, after = train(layer, variables, x)
+        expected, expected_after = train(
+            plain, plain.init(jax.random.key(0), to_last(x)), to_last(x)
+        )
+        if back is None:
+            back = lambda v: v.reshape(2, 6, 3).swapaxes(0, 1)  # noqa: E731
+        close(y, back(expected))
+        assert_trees(lambda a, e: close(a.reshape(e.shape), e), after, expected_after)
+
+
+# Lifted transforms. The collections are lifted over axis 0 of every variable.
+
+
+class Block(nn.Module):
+    make: Callable[..., nn.Module]
+    options: Any = None
+
+    @nn.compact
+    def __call__(self, x):
+        return self.make(use_running_average=False, **(self.options or {}))(x)
+
+
+class Layers(nn.Module):
+    """Three layers one after the other, each with its own statistics."""
+
+    make: Callable[..., nn.Module]
+    options: Any = None
+
+    @nn.compact
+    def __call__(self, x):
+        lifted = nn.scan(
+            lambda block, x, _: (jnp.tanh(block(x)), None),
+            variable_axes={"params": 0, "batch_stats": 0, BATCH_MOMENTS: 0},
+            split_rngs={"params": True},
+            length=3,
+        )
+        return lifted(Block(self.make, self.options), x, None)[0]
+
+
+VmapBlock = nn.vmap(
+    Block,
+    variable_axes={"params": 0, "batch_stats": 0, BATCH_MOMENTS: 0},
+    split_rngs={"params": True},
+)
+
+
+def at(tree, i):
+    return jax.tree.map(lambda leaf: leaf[i], tree)
+
+
+@every_norm
+def test_lifted_vmap_is_each_member_by_itself(norm):
+    x = normal(3, 6, 2)
+    layer = VmapBlock(norm.make)
+    y, after = train(layer, layer.init(jax.random.key(0), x), x)
+    y, after = train(layer, after, 2 * x + 1)
+    for i in range(3):
+        block = Block(norm.make)
+        _, expected_after = train(block, block.init(jax.random.key(0), x[i]), x[i])
+        expected, expected_after = train(block, expected_after, 2 * x[i] + 1)
+        close(y[i], expected)
+        assert_trees(close, at(after, i), expected_after)
+
+
+@every_norm
+def test_lifted_scan_is_one_layer_after_the_other(norm):
+    x = normal(6, 2)
+    layer = Layers(norm.make)
+    variables = layer.init(jax.random.key(0), x)
+    y, after = train(layer, variables, 3 * x + 1)
+    expected = 3 * x + 1
+    for i in range(3):
+        expected, expected_after = train(Block(norm.make), at(variables, i), expected)
+        expected = jnp.tanh(expected)
+        assert_trees(close, at(after, i), expected_after)
+    close(y, expected)
+
+
+@every_norm
+def test_remat_changes_nothing(norm):
+    x = normal(6, 2)
+
+    def results(block):
+        variables = block.init(jax.random.key(0), x)
+        _, variables = train(block, variables, 2 * x + 1)
+
+        def loss(params, x):
+            y, after = train(block, {**variables, "params": params}, x)
+            return jnp.sum(y * normal(6, 2, seed=1)), after
+
+        return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], x)
+
+    # A module's name is its class's; both are called "Block".
+    assert_trees(close, results(nn.remat(Block)(norm.make)), results(Block(norm.make)))
+
+
+# MemorizedBatchNorm against batch normalization and against the definitions.
+
+
+def loss_of(layer, variables, x, weights, **kwargs):
+    """A loss of the training output that no symmetry makes constant, and its gradients."""
+
+    def loss(params, x):
+        y, after = train(layer, {**variables, "params": params}, x, **kwargs)
+        return jnp.mean(weights * y + jnp.sin(y)), (y, after)
+
+    return jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(variables["params"], x)
+
+
+PARAMS = {"scale": jnp.array([0.5, 2.0, -1.0]), "bias": jnp.array([1.0, -2.0, 0.0])}
+
+
+def memory_of(*slots, capacity=None):
+    """Returns `batch_stats` of (mean, variance) slots, newest first, with empty ones behind."""
+    capacity = capacity or len(slots)
+    empty = capacity - len(slots)
+    mean, var = (np.stack([slot[i] for slot in slots]) for i in (0, 1))
+    pad = [(0, empty)] + [(0, 0)] * (mean.ndim - 1)
+    return {
+        "mean": jnp.asarray(np.pad(mean, pad), jnp.float32),
+        "var": jnp.asarray(np.pad(var, pad, constant_values=1), jnp.float32),
+        "count": jnp.asarray(np.pad(np.full(mean.shape, 8), pad), jnp.float32),
+    }
+
+
+OLD = ([0.5, -1.0, 0.0], [2.0, 0.5, 1.0]), ([-0.5, 1.0, 1.0], [1.0, 3.0, 0.2])
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("gradient", RULES)
+def test_one_slot_is_batch_normalization(gradient, fast):
+    x = normal(8, 4, 3, mean=0.5)
+    weights = normal(8, 4, 3, seed=1)
+    options = {"use_running_average": False, "use_fast_variance": fast}
+    expected_layer = nn.BatchNorm(**options)
+    expected_variables = expected_layer.init(jax.random.key(0), x)
+    layer = MemorizedBatchNorm(memory_size=1, gradient=gradient, **options)
+    # What is in the memory must not matter.
+    variables = {"params": PARAMS, "batch_stats": memory_of(OLD[0])}
+    expected = loss_of(expected_layer, {**expected_variables, "params": PARAMS}, x, weights)
+    actual = loss_of(layer, variables, x, weights)
+    np.testing.assert_allclose(actual[0][1][0], expected[0][1][0], atol=1e-5, rtol=0)
+    # flax's one-pass variance is the less exact side.
+    assert_trees(
+        functools.partial(np.testing.assert_allclose, atol=1e-6, rtol=1e-4), actual[1], expected[1]
+    )
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("gradient", RULES)
+@pytest.mark.parametrize(("memory_size", "decay"), [(1, 0.9), (3, 1.0), (3, 0.6), (8, 0.9)])
+def test_steps_are_those_of_the_reference(memory_size, decay, gradient, fast, masked):
+    expected = reference.ReferenceMBN(memory_size, decay)
+    layer = MemorizedBatchNorm(
+        memory_size=memory_size, decay=decay, gradient=gradient, use_fast_variance=fast
+    )
+    variables = layer.init(jax.random.key(0), normal(1, 3), use_running_average=True)
+    variables = {**variables, "params": PARAMS}
+    step = jax.jit(functools.partial(train, layer, use_running_average=False))
+    other = normal(2, 3, seed=99)
+    for i in range(6):
+        x = normal(8, 4, 3, seed=i, mean=normal(3, seed=50 + i), std=1 + 0.3 * i)
+        mask = normal(8, 4, 3, seed=70 + i) > 0 if masked else None
+        y, variables = step(variables, x, mask=mask)
+        close(y, expected.train(x, mask, **PARAMS))
+        y = layer.apply(variables, other, use_running_average=True)
+        close(y, expected.infer(other, **PARAMS))
+
+
+@pytest.mark.parametrize("axis", [1, (1, 2)])
+def test_complex_steps_are_those_of_the_reference(axis):
+    expected = reference.ReferenceMBN(3, 0.8, axis)
+    layer = MemorizedBatchNorm(memory_size=3, decay=0.8, axis=axis)
+    x = normal(8, 3, 2, dtype=np.complex64)
+    variables = layer.init(jax.random.key(0), x, use_running_average=True)
+    for i in range(4):
+        x = normal(8, 3, 2, seed=i, mean=i * 1j - 1, dtype=np.complex64)
+        y, variables = train(layer, variables, x, use_running_average=False)
+        assert y.dtype == jnp.complex64
+        close(y, expected.train(x))
+        close(layer.apply(variables, x[:2], use_running_average=True), expected.infer(x[:2]))
+    assert variables["batch_stats"]["mean"].dtype == jnp.complex64
+    assert variables["batch_stats"]["var"].dtype == jnp.float32
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.complex128])
+def test_double_precision_steps_are_those_of_the_reference(dtype):
+    expected = reference.ReferenceMBN(3, 0.8)
+    with jax.enable_x64(True):
+        layer = MemorizedBatchNorm(memory_size=3, decay=0.8, param_dtype=jnp.float64)
+        x = normal(8, 3, dtype=dtype)
+        variables = layer.init(jax.random.key(0), x, use_running_average=True)
+        for i in range(4):
+            x = normal(8, 3, seed=i, mean=i, dtype=dtype)
+            y, variables = train(layer, variables, x, use_running_average=False)
+            assert y.dtype == dtype
+            # Some hundred roundoffs of 1e-16.
+            np.testing.assert_allclose(y, expected.train(x), rtol=1e-13, atol=1e-13)
+
+
+@pytest.mark.parametrize("gradient", RULES)
+@pytest.mark.parametrize("masked", [False, True])
+def test_inference_on_the_newest_batch_is_its_training_output(gradient, masked):
+    x = normal(8, 3, mean=3)
+    layer = MemorizedBatchNorm(memory_size=3, gradient=gradient)
+    variables = {"params": PARAMS, "batch_stats": memory_of(*OLD, capacity=3)}
+    mask = jnp.arange(8)[:, None] < 5 if masked else None
+    y, after = train(layer, variables, x, use_running_average=False, mask=mask)
+    y_inference = layer.apply(after, x, use_running_average=True)
+    np.testing.assert_allclose(y_inference, y, rtol=0, atol=1e-6 * np.abs(y).max())
+
+
+def test_empty_memory_is_mean_0_and_variance_1():
+    x = normal(4, 3, mean=5)
+    layer = MemorizedBatchNorm(use_running_average=True)
+    y = layer.apply(layer.init(jax.random.key(0), x), x)
+    close(y, x / np.sqrt(1 + EPSILON))
+
+
+class Twice(nn.Module):
+    """One layer called on two batches."""
+
+    norm: nn.Module
+
+    def __call__(self, x1, x2):
+        return self.norm(x1), self.norm(x2)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+def test_a_layer_called_twice_pushes_and_records_once_a_call(fast):
+    x1, x2 = normal(8, 3, mean=1), normal(4, 3, seed=1)
+    layer = MemorizedBatchNorm(memory_size=3, use_running_average=False, use_fast_variance=fast)
+    model = Twice(layer)
+    variables = model.init(jax.random.key(0), x1, x2)
+    assert set(variables) == {"params", "batch_stats"}
+    assert not variables["batch_stats"]["norm"]["count"].any()
+    (y1, y2), updates = model.apply(variables, x1, x2, mutable=["batch_stats", BATCH_MOMENTS])
+    expected = reference.ReferenceMBN(3, 0.97)
+    close(y1, expected.train(x1))
+    close(y2, expected.train(x2))
+    equal(updates["batch_stats"]["norm"]["count"], np.array([[4] * 3, [8] * 3, [0] * 3]))
+    records = updates[BATCH_MOMENTS]["norm"]["moments"]
+    assert len(records) == 2
+    for record, x in zip(records, (x1, x2), strict=True):
+        # Of the batch alone, in the order of the calls.
+        assert_trees(close, tuple(record), reference.moments(x))
+    # Neither in inference nor unless asked for.
+    assert BATCH_MOMENTS not in model.apply(variables, x1, x2, mutable=["batch_stats"])[1]
+    inference = Twice(layer.clone(use_running_average=True))
+    assert BATCH_MOMENTS not in inference.apply(variables, x1, x2, mutable=True)[1]
+
+
+CLIPS = {"plain": {}, "clipped": {"gradient": "renorm", "r_max": 1.5, "d_max": 0.5}}
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("options", CLIPS.values(), ids=CLIPS)
+@pytest.mark.parametrize("slots", [0, 2])
+def test_a_batch_masked_out_whole_pushes_nothing_and_is_normalized_by_the_memory(
+    slots, options, fast
+):
+    x = normal(8, 3, mean=3)
+    layer = MemorizedBatchNorm(memory_size=3, use_fast_variance=fast, **options)
+    variables = layer.init(jax.random.key(0), x, use_running_average=True)
+    if slots:
+        variables = {"params": PARAMS, "batch_stats": memory_of(*OLD[:slots], capacity=3)}
+    mask = jnp.zeros((8, 1), bool)
+    (_, (y, after)), gradients = loss_of(
+        layer, variables, x, normal(8, 3, seed=1), use_running_average=False, mask=mask
+    )
+    assert_trees(equal, after["batch_stats"], variables["batch_stats"])
+    close(y, layer.apply(variables, x, use_running_average=True))
+    for gradient in jax.tree.leaves(gradients):
+        assert np.isfinite(gradient).all()
+
+
+def test_a_feature_masked_out_keeps_its_own_memory():
+    x = normal(8, 3, mean=3)
+    layer = MemorizedBatchNorm(memory_size=3, use_running_average=False)
+    variables = {"params": PARAMS, "batch_stats": memory_of(*OLD, capacity=3)}
+    _, after = train(layer, variables, x, mask=jnp.array([True, False, True]))
+    _, whole = train(layer, variables, x)
+    for name, value in after["batch_stats"].items():
+        equal(value[:, 1], variables["batch_stats"][name][:, 1])
+        equal(value[:, [0, 2]], whole["batch_stats"][name][:, [0, 2]])
+
+
+# MemorizedBatchNorm: gradients.
+
+WEIGHTS = memory_weights(jnp.ones((3, 3)), 3, 0.8)
+
+
+def pool_with(m, v):
+    """Pools a batch's moments with two old slots."""
+    slots = (np.stack([old[i] for old in OLD]) for i in (0, 1))
+    mean, var = (
+        jnp.concatenate([new[None], jnp.asarray(old, jnp.float32)])
+        for new, old in zip((m, v), slots, strict=True)
+    )
+    return pool(Moments(mean, var, jnp.ones((3, 3))), WEIGHTS)
+
+
+def normalizing(m, v, **options):
+    options = {"epsilon": EPSILON, **options}
+    return statistics_with_gradient(Moments(m, v, jnp.full(3, 8.0)), *pool_with(m, v), **options)
+
+
+BATCH = jnp.array([1.0, -0.7, 0.3]), jnp.array([0.5, 2.0, 0.1])
+
+
+def ioffe(x, m, v, mean, var, r_max=np.inf, d_max=np.inf):
+    """Batch Renormalization's x_hat as published, r and d held constant."""
+    batch_scale, scale = jnp.sqrt(v + EPSILON), jnp.sqrt(var + EPSILON)
+    r, d = jnp.clip(batch_scale / scale, 1 / r_max, r_max), (m - mean) / scale
+    r, d = jax.lax.stop_gradient((r, jnp.clip(d, -d_max, d_max)))
+    return (x - m) / batch_scale * r + d
+
+
+def test_through_differentiates_the_pool_as_it_stands():
+    def of_feature(i, m, v):
+        return [s[i] for s in normalizing(m, v, gradient="through")]
+
+    mean, _ = pool_with(*BATCH)
+    for i in range(3):
+        (dmean_dm, dmean_dv), (dvar_dm, dvar_dv) = jax.jacrev(
+            functools.partial(of_feature, i), argnums=(0, 1)
+        )(*BATCH)
+        own, a_0 = np.eye(3)[i], WEIGHTS[0]
+        close(dmean_dm, own * a_0)
+        close(dmean_dv, own * 0)
+        close(dvar_dv, own * a_0)
+        close(dvar_dm, own * 2 * a_0 * (BATCH[0] - mean))
+
+
+@pytest.mark.parametrize("limits", [{}, {"r_max": 1.1}, {"d_max": 0.2}, {"r_max": 3, "d_max": 3}])
+def test_renorm_is_batch_renormalization_in_value_and_gradient(limits):
+    mean, var = pool_with(*BATCH)
+    x = normal(3, seed=1)
+
+    def output(x, m, v):
+        mean, var = normalizing(m, v, gradient="renorm", **limits)
+        return (x - mean) / jnp.sqrt(var + EPSILON)
+
+    expected = functools.partial(ioffe, mean=mean, var=var, **limits)
+    close(output(x, *BATCH), expected(x, *BATCH))
+    gradients, expected_gradients = (
+        jax.jacrev(f, argnums=(0, 1, 2))(x, *BATCH) for f in (output, expected)
+    )
+    assert_trees(close, gradients, expected_gradients)
+    unclipped = ioffe(x, *BATCH, mean, var)
+    # The limits of this test bind, except the last.
+    assert np.allclose(output(x, *BATCH), unclipped) == (
+        not limits or limits == {"r_max": 3, "d_max": 3}
+    )
+
+
+@pytest.mark.parametrize("gradient", ["through", "renorm"])
+def test_without_a_clip_the_values_are_the_pools_to_the_bit(gradient):
+    for scale in (1.0, 1e3, 1e-3):
+        m, v = BATCH[0] * scale, BATCH[1] * scale
+        assert_trees(equal, normalizing(m, v, gradient=gradient), pool_with(m, v))
+
+
+def test_complex_d_is_clipped_in_size_and_keeps_its_angle():
+    m, v = jnp.array([3 + 4j]), jnp.array([1.0])
+    batch = Moments(m, v, jnp.array([8.0]))
+    mean, _ = statistics_with_gradient(batch, 0 * m, v, gradient="renorm", epsilon=0.0, d_max=1.0)
+    # d = 3 + 4i of size 5 becomes 0.6 + 0.8i.
+    close(m - mean, [0.6 + 0.8j])
+
+
+def hand_derived(gradient, x, g, a_0):
+    """Backward passes on paper: returns d loss/d x for the cotangent g of x_hat, float64."""
+    x, g, a_0 = (np.asarray(value, np.float64) for value in (x, g, a_0))
+    n = len(x)
+    m, v = x.mean(0), x.var(0)
+    mean, var = reference.total_variance(
+        reference.weights(3, 0.8),
+        [m, *(np.array(old[0]) for old in OLD)],
+        [v, *(np.array(old[1]) for old in OLD)],
+    )
+    s, s_batch = np.sqrt(var + EPSILON), np.sqrt(v + EPSILON)
+    if gradient == "through":
+        to_mean, to_var = -g.sum(0) / s, -(g * (x - mean)).sum(0) / (2 * s**3)
+        to_m, to_v = a_0 * to_mean + 2 * a_0 * (m - mean) * to_var, a_0 * to_var
+        return g / s + to_m / n + to_v * 2 * (x - m) / n
+    x_hat = (x - m) / s_batch
+    return (g - g.mean(0) - x_hat * (g * x_hat).mean(0)) / s_batch * (s_batch / s)
+
+
+def input_gradient(layer, x, g, batch_stats=None):
+    """d sum(g * y)/d x of a training call."""
+    batch_stats = batch_stats or memory_of(*OLD, capacity=3)
+    return jax.grad(lambda x: jnp.sum(g * train(layer, {"batch_stats": batch_stats}, x)[0].real))(x)
+
+
+plain = functools.partial(
+    MemorizedBatchNorm,
+    memory_size=3,
+    decay=0.8,
+    use_running_average=False,
+    use_scale=False,
+    use_bias=False,
+)
+
+
+@pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.parametrize("gradient", ["through", "renorm"])
+def test_input_gradients_are_those_derived_by_hand(gradient, fast):
+    x, g = normal(8, 3, mean=1), normal(8, 3, seed=1)
+    actual = input_gradient(plain(gradient=gradient, use_fast_variance=fast), x, g)
+    close(actual, hand_derived(gradient, x, g, WEIGHTS[0]))
+
+
+@pytest.mark.parametrize(("rows", "rule"), [(1, "through"), (2, "through"), (3, "renorm")])
+def test_auto_is_through_up_to_two_values_and_renorm_beyond(rows, rule):
+    x, g = normal(rows, 3), normal(rows, 3, seed=1)
+    close(input_gradient(plain(gradient="auto"), x, g), hand_derived(rule, x, g, WEIGHTS[0]))
+    # Positions count as rows do.
+    actual = input_gradient(plain(gradient="auto"), x[:, None].swapaxes(0, 1), g[None])
+    close(actual[0], hand_derived(rule, x, g, WEIGHTS[0]))
+
+
+@pytest.mark.parametrize(
+    ("devices", "groups", "rule"),
+    [
+        (2, None, "through"),
+        (4, None, "renorm"),
+        (4, [[0, 1], [2, 3]], "through"),
+        (8, [[0, 1, 2, 3], [4, 5, 6, 7]], "renorm"),
+    ],
+)
+def test_auto_counts_the_devices_that_share_statistics(devices, groups, rule):
+    x, g = normal(devices, 1, 3), normal(devices, 1, 3, seed=1)
+    layer = plain(gradient="auto", axis_name="batch", axis_index_groups=groups)
+    actual = jax.pmap(functools.partial(input_gradient, layer), axis_name="batch")(x, g)
+    for group in groups or [list(range(devices))]:
+        expected = hand_derived(rule, x[np.array(group), 0], g[np.array(group), 0], WEIGHTS[0])
+        close(actual[np.array(group), 0], expected)
+
+
+@pytest.mark.parametrize("gradient", ["through", "renorm"])
+def test_the_memory_is_a_constant(gradient):
+    x1, x2 = normal(6, 3, mean=1), normal(6, 3, seed=1)
+    norm = plain(gradient=gradient)
+    stats = memory_of(*OLD, capacity=3)
+
+    def outputs(x1, x2, stats):
+        return train(Twice(norm), {"batch_stats": {"norm": stats}}, x1, x2=x2)[0]
+
+    # A call depends on the other's input only through the memory.
+    (own1, cross1, memory1), (cross2, own2, memory2) = jax.jacrev(outputs, argnums=(0, 1, 2))(
+        x1, x2, stats
+    )
+    for gradients in (cross1, cross2, memory1, memory2):
+        assert_trees(
+            lambda leaf: equal(leaf, np.zeros(leaf.shape)), *[gradients] * 1
+        ) if False else [equal(leaf, np.zeros(leaf.shape)) for leaf in jax.tree.leaves(gradients)]
+    assert own1.any()
+    assert own2.any()
+    # The value does depend on it.
+    assert not np.allclose(outputs(x1, x2, stats)[1], outputs(x1 + 1, x2, stats)[1])

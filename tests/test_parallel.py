@@ -1,0 +1,178 @@
+"""Many devices: the same numbers from both runtimes and as from one device, and nothing lost."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mbn_jax import MemorizedBatchNorm, TrainState, make_train_step
+from mbn_jax.parallel import (
+    AXIS_NAME,
+    RUNTIMES,
+    distribute,
+    first_device,
+    map_over_devices,
+    pool_over_devices,
+    replicate,
+    split_over_devices,
+)
+
+DEVICES = 8
+
+
+class Net(nn.Module):
+    norm: object
+
+    @nn.compact
+    def __call__(self, x, train):
+        x = self.norm(use_running_average=not train)(nn.Dense(6)(x))
+        return nn.Dense(3)(nn.relu(x))
+
+
+def loss_fn(apply, batch):
+    logits, updates = apply(batch["x"], train=True)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["y"])
+    return loss.mean(), ({}, updates)
+
+
+def batch_of(size, seed=0):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(size, 5)) + np.arange(size)[:, None] / size
+    return {"x": x.astype(np.float32), "y": rng.integers(0, 3, size).astype(np.int32)}
+
+
+def run(norm, *, runtime=None, steps=3, size=32):
+    """Trains a few steps on all devices, or without a runtime on one; returns the state."""
+    model, tx = Net(norm), optax.sgd(0.2, momentum=0.9)
+    axis_name = AXIS_NAME if runtime else None
+    step = make_train_step(model.apply, tx, loss_fn, axis_name=axis_name)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 5)), train=False)
+    state = TrainState.create(variables, tx, jax.random.key(1))
+    if not runtime:
+        for i in range(steps):
+            state, metrics = jax.jit(step)(state, batch_of(size, i))
+        return state, metrics
+    mapped = map_over_devices(step, runtime=runtime, donate_argnums=(0,))
+    state = replicate(state)
+    for i in range(steps):
+        state, metrics = mapped(state, distribute(split_over_devices(batch_of(size, i))))
+    return state, metrics
+
+
+NORMS = {
+    "memorized": functools.partial(MemorizedBatchNorm, memory_size=4),
+    "batch": nn.BatchNorm,
+}
+
+
+def assert_close(a, b, **tolerance):
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, **tolerance), a, b)
+
+
+@pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+def test_eight_synced_devices_equal_one(norm):
+    one, _ = run(norm)
+    for runtime in RUNTIMES:
+        many, _ = run(functools.partial(norm, axis_name=AXIS_NAME), runtime=runtime)
+        # Float32 sums in another order, three steps long; a gradient multiplied by the devices
+        # would be off by far more.
+        tolerance = {"rtol": 1e-4, "atol": 1e-5}
+        assert_close(first_device(many).params, one.params, **tolerance)
+        assert_close(first_device(many).batch_stats, one.batch_stats, **tolerance)
+        assert_close(many.params, replicate(first_device(many).params), atol=0)
+
+
+@pytest.mark.parametrize("sync", [True, False])
+def test_both_runtimes_give_the_same_bits(sync):
+    norm = functools.partial(NORMS["memorized"], axis_name=AXIS_NAME if sync else None)
+    (a, a_metrics), (b, b_metrics) = (run(norm, runtime=runtime) for runtime in RUNTIMES)
+    assert_close((a.params, a.batch_stats, a_metrics), (b.params, b.batch_stats, b_metrics), atol=0)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_local_statistics_of_every_device_survive_and_pool_to_those_of_the_whole(runtime):
+    state, _ = run(NORMS["memorized"], runtime=runtime, steps=1)
+    memory = state.batch_stats["MemorizedBatchNorm_0"]
+    means = np.asarray(memory["mean"])[:, 0]
+    assert means.shape == (DEVICES, 6)
+    assert len({tuple(mean) for mean in means}) == DEVICES
+
+    dense = jax.tree.map(np.float64, first_device(state.params)["Dense_0"])
+    activations = np.float64(batch_of(32)["x"]) @ dense["kernel"] + dense["bias"][None]
+    pooled = pool_over_devices(state.batch_stats)["MemorizedBatchNorm_0"]
+    # Float32 activations of order 1 from a matrix product of length 5.
+    np.testing.assert_allclose(pooled["mean"][0], activations.mean(0), atol=1e-6)
+    np.testing.assert_allclose(pooled["var"][0], activations.var(0), rtol=1e-5)
+    assert np.asarray(pooled["count"][0]).tolist() == [32.0] * 6
+    # The mean of variances, by contrast, misses the spread between devices.
+    averaged = np.asarray(memory["var"])[:, 0].mean(0)
+    assert (averaged < 0.99 * activations.var(0)).any()
+
+
+def test_groups_of_devices_share_statistics():
+    groups = [[0, 1, 2, 3], [4, 5, 6, 7]]
+    norm = functools.partial(NORMS["memorized"], axis_name=AXIS_NAME, axis_index_groups=groups)
+    for runtime in RUNTIMES:
+        state, _ = run(norm, runtime=runtime)
+        means = np.asarray(state.batch_stats["MemorizedBatchNorm_0"]["mean"])
+        for group in groups:
+            assert (means[group] == means[group[0]][None]).all()
+        assert np.abs(means[0] - means[4]).max() > 1e-3
+
+
+def test_pooling_weighs_by_counts_and_leaves_integers_alone():
+    stats = {
+        "a": {
+            "mean": jnp.array([[[1.0]], [[4.0]]]),
+            "var": jnp.array([[[2.0]], [[0.0]]]),
+            "count": jnp.array([[[2.0]], [[1.0]]]),
+        },
+        "b": {"mean": jnp.array([[0.0], [2.0]]), "var": jnp.array([[1.0], [1.0]])},
+        "steps": jnp.array([7, 7], jnp.int32),
+        "mean": {"kernel": jnp.array([1.0, 3.0])},
+    }
+    pooled = pool_over_devices(stats)
+    # Three values with mean 2: (2 * 1 + 4) / 3; variance (2 * (2 + 1) + (0 + 4)) / 3.
+    np.testing.assert_allclose(pooled["a"]["mean"], [[2.0]], rtol=1e-6)
+    np.testing.assert_allclose(pooled["a"]["var"], [[10 / 3]], rtol=1e-6)
+    assert pooled["a"]["count"].tolist() == [[3.0]]
+    assert (pooled["b"]["mean"].tolist(), pooled["b"]["var"].tolist()) == ([1.0], [2.0])
+    assert (pooled["steps"].dtype, int(pooled["steps"])) == (jnp.int32, 7)
+    assert float(pooled["mean"]["kernel"]) == 2.0
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_donation_reuses_the_state_and_spares_what_it_was_made_from(runtime):
+    source = {"w": jnp.arange(4.0)}
+    on_devices = replicate(source)
+    mapped = map_over_devices(
+        lambda tree: jax.tree.map(lambda x: x + 1, tree), runtime=runtime, donate_argnums=(0,)
+    )
+    result = mapped(on_devices)
+    assert on_devices["w"].is_deleted()
+    assert source["w"].tolist() == [0.0, 1.0, 2.0, 3.0]
+    assert result["w"].shape == (DEVICES, 4)
+
+
+@pytest.mark.parametrize("runtime", RUNTIMES)
+def test_synced_statistics_take_one_collective_a_layer(runtime):
+    def collectives(fast):
+        layer = MemorizedBatchNorm(
+            memory_size=4, axis_name=AXIS_NAME, use_running_average=False, use_fast_variance=fast
+        )
+        x = jnp.zeros((DEVICES, 4, 5))
+        variables = replicate(layer.init(jax.random.key(0), x[0]))
+
+        def forward(variables, x):
+            return layer.apply(variables, x, mutable=["batch_stats"])
+
+        compiled = map_over_devices(forward, runtime=runtime).lower(variables, x).compile()
+        text = compiled.as_text()
+        return text.count(" all-reduce(") + text.count(" all-reduce-start(")
+
+    assert collectives(fast=True) == 1
+    assert collectives(fast=False) == 2

@@ -1,0 +1,261 @@
+"""The main job end to end: on real digits, interrupted, damaged, on one device and eight."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from mbn_jax.checkpoints import Checkpoints
+from mbn_jax.config import default_config
+from mbn_jax.errors import UserError
+from mbn_jax.evaluate_run import evaluate_run
+from mbn_jax.experiment import Experiment
+from mbn_jax.parallel import map_over_devices, pool_over_devices, replicate
+from mbn_jax.reporting import read_metrics
+from mbn_jax.train import CHECKPOINTS, NonFiniteLossError, train
+
+TIMES = {"images_per_second"}
+
+
+@pytest.fixture
+def config(data_dir):
+    """Forty steps on part of the digits, with a checkpoint every ten."""
+    config = default_config()
+    config.dataset.data_dir = data_dir
+    config.dataset.train_split = "train[:640]"
+    config.dataset.test_split = "test[:100]"
+    config.batch_size = 16
+    config.num_epochs = 1.0
+    config.model.features = (8, 8)
+    config.dataset.crop_padding = 1
+    config.log_every_steps = 4
+    config.eval_every_steps = 20
+    config.checkpoint_every_steps = 10
+    return config
+
+
+def records(workdir):
+    return [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(workdir)]
+
+
+def final_state(config, workdir):
+    checkpoints = Checkpoints(pathlib.Path(workdir) / CHECKPOINTS)
+    experiment = Experiment.build(config)
+    state = checkpoints.restore(
+        experiment.initial_state(), local_statistics=experiment.local_statistics
+    )
+    checkpoints.close()
+    return jax.device_get(state.replace(key=jax.random.key_data(state.key)))
+
+
+def assert_same_bits(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y, strict=True), a, b)
+
+
+def kill_after(monkeypatch, saves):
+    """Interrupts training right after so many checkpoints."""
+    save, count = Checkpoints.save, [0]
+
+    def save_and_die(self, *args, **kwargs):
+        save(self, *args, **kwargs)
+        count[0] += 1
+        if count[0] == saves:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save", save_and_die)
+
+
+def test_a_run_learns_and_leaves_all_that_it_promises(config, tmp_path):
+    config.num_epochs = 4.0
+    config.dataset.crop_padding = 0
+    config.model.features = (16, 32)
+    values = train(config, tmp_path)
+    # Ten classes: chance is an error of 0.9.
+    assert values["test_error"] < 0.4
+    assert values["step"] == 160
+    assert values == train(config, tmp_path)  # Again: nothing left to do
+    assert json.loads((tmp_path / "config.json").read_text())["norm"]["memory_size"] == 64
+    assert (tmp_path / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    evaluated = [r["step"] for r in records(tmp_path) if "test_error" in r]
+    assert evaluated == list(range(20, 161, 20))
+    events = b"".join(f.read_bytes() for f in tmp_path.glob("events.out.tfevents.*"))
+    for tag in (b"train_loss", b"test_error", b"memory_distance/MemorizedBatchNorm_0"):
+        assert tag in events
+    assert evaluate_run(tmp_path) == {
+        "step": 160,
+        "split": "test[:100]",
+        "loss": pytest.approx(values["test_loss"], rel=1e-6),
+        "error": values["test_error"],
+    }
+
+
+def test_evaluation_is_exact(config, tmp_path):
+    config.num_epochs = 0.5
+    config.eval_batch_size = 24
+    train(config, tmp_path)
+    experiment = Experiment.build(config)
+    state = jax.tree.map(lambda x: x[0], final_state(config, tmp_path))
+    variables = {"params": state.params, "batch_stats": state.batch_stats}
+    images = experiment.images({"image": jnp.asarray(experiment.test.images)})
+    logits = experiment.model.apply(variables, images, train=False)
+    wrong = int((logits.argmax(-1) != experiment.test.labels).sum())
+    assert evaluate_run(tmp_path)["error"] == wrong / 100
+
+
+@pytest.mark.parametrize("sync", ["sync", "local"])
+def test_an_interrupted_run_resumes_bit_for_bit(config, tmp_path, monkeypatch, sync):
+    config.norm.sync = sync
+    train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        kill_after(patch, saves=2)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "killed")
+    # As if the kill had come in the middle of writing a line.
+    with (tmp_path / "killed" / "metrics.jsonl").open("a") as metrics:
+        metrics.write('{"step": 24, "train_lo')
+    train(config, tmp_path / "killed")
+    assert records(tmp_path / "killed") == records(tmp_path / "whole")
+    assert_same_bits(*(final_state(config, tmp_path / name) for name in ("killed", "whole")))
+
+
+@pytest.mark.parametrize("damage", ["flipped bit", "truncated", "missing", "unfinished"])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    config, tmp_path, monkeypatch, caplog, damage
+):
+    train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        kill_after(patch, saves=3)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "damaged")
+    newest = tmp_path / "damaged" / CHECKPOINTS / "30"
+    largest = max((f for f in newest.rglob("*") if f.is_file()), key=lambda f: f.stat().st_size)
+    content = bytearray(largest.read_bytes())
+    if damage == "flipped bit":
+        content[len(content) // 2] ^= 1
+        largest.write_bytes(content)
+    elif damage == "truncated":
+        largest.write_bytes(content[: len(content) // 2])
+    elif damage == "missing":
+        largest.unlink()
+    else:
+        (newest / "checksums.json").unlink()
+    caplog.set_level("WARNING", logger="absl")
+    train(config, tmp_path / "damaged")
+    assert "Skipped the checkpoint of step 30" in caplog.text
+    assert records(tmp_path / "damaged") == records(tmp_path / "whole")
+    assert_same_bits(*(final_state(config, tmp_path / name) for name in ("damaged", "whole")))
+
+
+def test_several_steps_per_dispatch_change_nothing(config, tmp_path):
+    config.log_every_steps = 20
+    config.checkpoint_every_steps = 20
+    train(config, tmp_path / "single")
+    config.steps_per_dispatch = 10
+    train(config, tmp_path / "stacked")
+    single, stacked = (final_state(config, tmp_path / name) for name in ("single", "stacked"))
+    # The same steps, compiled as a loop body: rounding alone may differ, over 40 steps.
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-2, atol=1e-3),
+        (single.params, single.batch_stats),
+        (stacked.params, stacked.batch_stats),
+    )
+
+
+def test_one_compilation_of_the_step_in_a_run(config, tmp_path, monkeypatch):
+    config.steps_per_dispatch = 4
+    config.num_epochs = 1.05  # 42 steps: the last stack has 2.
+    config.checkpoint_every_steps = 20
+    dispatch, traces = Experiment.dispatch, []
+
+    def count(self, state, data, batch):
+        traces.append(jax.tree.leaves(batch)[0].shape[0])
+        return dispatch(self, state, data, batch)
+
+    monkeypatch.setattr(Experiment, "dispatch", count)
+    train(config, tmp_path)
+    assert traces == [4, 2]
+
+
+def test_local_statistics_start_from_their_pool_on_other_devices(config, tmp_path):
+    config.norm.sync = "local"
+    train(config, tmp_path)
+    stacked = final_state(config, tmp_path)
+    means = stacked.batch_stats["MemorizedBatchNorm_0"]["mean"]
+    assert len({mean.tobytes() for mean in means}) == jax.local_device_count()
+    # Restored for synced devices, every device holds the pool.
+    config.norm.sync = "sync"
+    pooled = final_state(config, tmp_path).batch_stats
+    expected = replicate(pool_over_devices(jax.tree.map(jnp.asarray, stacked.batch_stats)))
+    assert_same_bits(pooled, jax.device_get(expected))
+
+
+@pytest.mark.parametrize("norm", ["batch", "none"])
+@pytest.mark.parametrize("runtime", ["pmap", "shard_map"])
+def test_other_norms_and_the_other_runtime(config, tmp_path, norm, runtime):
+    config.norm.name = norm
+    config.runtime = runtime
+    config.num_epochs = 0.5
+    assert np.isfinite(train(config, tmp_path)["test_loss"])
+
+
+def test_divergence_stops_the_run_and_names_the_step(config, tmp_path):
+    config.norm.name = "none"
+    config.optimizer.learning_rate = 1e12
+    with pytest.raises(
+        NonFiniteLossError, match=r"The loss of step \d+ is .* at learning rate"
+    ) as e:
+        train(config, tmp_path)
+    assert 1 < e.value.step <= 12
+    assert all(np.isfinite(r["train_loss"]) for r in records(tmp_path))
+
+
+def test_a_workdir_of_another_config_is_refused(config, tmp_path):
+    config.num_epochs = 0.5
+    train(config, tmp_path)
+    config.norm.memory_size = 8
+    with pytest.raises(UserError, match=r"norm\.memory_size was 64 and is 8"):
+        train(config, tmp_path)
+
+
+def test_bfloat16_computes_in_it_and_keeps_float32_state(config):
+    config.model.dtype = "bfloat16"
+    experiment = Experiment.build(config)
+    state = experiment.initial_state()
+    kept = jax.tree.leaves((state.params, state.batch_stats))
+    assert {x.dtype for x in kept} == {jnp.dtype("float32")}
+    batch = replicate({"index": np.zeros((1, 2), np.int32)})
+    data = replicate({"image": experiment.train.images, "label": experiment.train.labels})
+    lowered = map_over_devices(experiment.dispatch).lower(replicate(state), data, batch)
+    assert "bf16" in lowered.as_text()
+    new = jax.eval_shape(map_over_devices(experiment.dispatch), replicate(state), data, batch)[0]
+    kept = jax.tree.leaves((new.params, new.batch_stats))
+    assert {x.dtype for x in kept} == {jnp.dtype("float32")}
+
+
+def test_one_device_and_eight_give_the_same_run(config, tmp_path):
+    config.num_epochs = 0.3
+    script = tmp_path / "config.py"
+    script.write_text(
+        "import json\nfrom ml_collections import ConfigDict\n"
+        f"def get_config():\n  return ConfigDict(json.loads({config.to_json()!r}))\n"
+    )
+    for devices in (1, 8):
+        flags = f"--xla_force_host_platform_device_count={devices}"
+        command = [sys.executable, "-W", "error", "-m", "mbn_jax.main"]
+        subprocess.run(
+            [*command, f"--config={script}", f"--workdir={tmp_path / str(devices)}"],
+            env=os.environ | {"XLA_FLAGS": flags},
+            check=True,
+            capture_output=True,
+        )
+    one, eight = (records(tmp_path / str(devices)) for devices in (1, 8))
+    assert [r["step"] for r in one] == [r["step"] for r in eight] == [4, 8, 10, 12]
+    for a, b in zip(one, eight, strict=True):
+        # Twelve steps of float32 sums in another order.
+        assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-3)
