@@ -27,8 +27,8 @@ def train_command(argv: Sequence[str]) -> int:
         description="Trains a network as a config file says. The same command again resumes.",
         epilog=f"""examples:
   {EXAMPLE}
-  {EXAMPLE} --config.norm.name=batch
-  {EXAMPLE} --config.norm.memory_size=8 --config.seed=1
+  mbn-train --config={EXAMPLE_CONFIG} --workdir=runs/batch --config.norm.name=batch
+  mbn-train --config={EXAMPLE_CONFIG} --workdir=runs/k8 --config.norm.memory_size=8
 
 Every field of mbn_jax/config.py can be set with --config.FIELD=VALUE. In the workdir: config.json,
 metrics.jsonl (one record a line), TensorBoard events, checkpoints/ and curves.png.
