@@ -90,7 +90,9 @@ def statistics_with_gradient(
     # (batch.var + epsilon) / r^2 without the square root, whose gradient is infinite at 0.
     renorm_var = (batch.var + epsilon) / lax.square(r) - epsilon
     if r_max is not None or d_max is not None:
-        return renorm_mean, renorm_var
+        # A feature that is masked out whole has no r and d to clip.
+        seen = batch.count > 0
+        return jnp.where(seen, renorm_mean, mean), jnp.where(seen, renorm_var, var)
 
     def value_and_gradient_of(value: Array, other: Array) -> Array:
         # The pool's value to the last bit, so that training and inference agree to rounding.
@@ -215,7 +217,7 @@ class MemorizedBatchNorm(nn.Module):
         x = jnp.asarray(x)
         if not jnp.issubdtype(x.dtype, jnp.inexact):
             raise ValueError(
-                f"MemorizedBatchNorm expected floating-point inputs, got {x.dtype}; cast them first."
+                f"MemorizedBatchNorm expected floating-point inputs, got {x.dtype}; cast them."
             )
         feature_axes = _canonicalize_axes(x.ndim, self.axis)
         axes = tuple(i for i in range(x.ndim) if i not in feature_axes)
@@ -279,7 +281,8 @@ class MemorizedBatchNorm(nn.Module):
                     f"(slots, *features), got {variable.value.shape}; build the layer with the "
                     "memory_size or memory_capacity that its batch_stats were made with."
                 )
-        if jnp.issubdtype(mean_dtype, jnp.complexfloating) > jnp.iscomplexobj(memory[0].value):
+        is_complex = jnp.issubdtype(mean_dtype, jnp.complexfloating)
+        if is_complex and not jnp.iscomplexobj(memory[0].value):
             raise ValueError(
                 f"MemorizedBatchNorm {self.name or ''} got complex inputs, but its memory was "
                 "initialized with real ones; initialize it with complex inputs."
@@ -333,38 +336,33 @@ def _canonicalize_axes(rank: int, axis: int | Sequence[int]) -> tuple[int, ...]:
 
 def _check_options(layer: MemorizedBatchNorm) -> None:
     """Raises ValueError where a concrete option is impossible; traced ones are taken on trust."""
-    capacity = layer.memory_capacity
+    size, capacity = layer.memory_size, layer.memory_capacity
+    size_is_traced = isinstance(size, jax.core.Tracer)
     if capacity is not None and capacity < 1:
         raise ValueError(f"memory_capacity must be 1 or more, got {capacity}.")
-    if isinstance(layer.memory_size, jax.core.Tracer):
-        if capacity is None:
-            raise ValueError(
-                "A traced memory_size needs memory_capacity, the number of slots to make room for."
-            )
-    else:
-        if int(layer.memory_size) != layer.memory_size or layer.memory_size < 1:
-            raise ValueError(
-                f"memory_size must be a whole number of 1 or more (it counts the current batch), "
-                f"got {layer.memory_size}."
-            )
-        if capacity is not None and layer.memory_size > capacity:
-            raise ValueError(
-                f"memory_size must be at most memory_capacity={capacity}, got {layer.memory_size}."
-            )
+    if size_is_traced and capacity is None:
+        raise ValueError(
+            "A traced memory_size needs memory_capacity, the number of slots to make room for."
+        )
+    if not size_is_traced and (int(size) != size or size < 1):
+        raise ValueError(
+            "memory_size must be a whole number of 1 or more (it counts the current batch), "
+            f"got {size}."
+        )
+    if not size_is_traced and capacity is not None and size > capacity:
+        raise ValueError(f"memory_size must be at most memory_capacity={capacity}, got {size}.")
     if not isinstance(layer.decay, jax.core.Tracer) and not 0 < layer.decay <= 1:
         raise ValueError(f"decay must be in (0, 1], got {layer.decay}.")
     if layer.gradient not in GRADIENTS:
         raise ValueError(f"gradient must be one of {GRADIENTS}, got {layer.gradient!r}.")
-    for name in ("r_max", "d_max"):
+    if layer.axis_index_groups is not None and layer.axis_name is None:
+        raise ValueError("axis_index_groups divides a named axis; give axis_name too.")
+    for name, least in (("r_max", 1), ("d_max", 0)):
         limit = getattr(layer, name)
-        if limit is None:
-            continue
-        if layer.gradient != "renorm":
+        if limit is not None and layer.gradient != "renorm":
             raise ValueError(
                 f"{name} clips Batch Renormalization's correction and needs gradient='renorm', "
                 f"got gradient={layer.gradient!r}."
             )
-        if limit < (1 if name == "r_max" else 0):
-            raise ValueError(
-                f"{name} must be {'1 or more' if name == 'r_max' else '0 or more'}, got {limit}."
-            )
+        if limit is not None and limit < least:
+            raise ValueError(f"{name} must be {least} or more, got {limit}.")

@@ -44,7 +44,8 @@ def _statistics_options(config: ConfigDict, num_devices: int) -> dict:
     if norm.sync == "group":
         size = norm.sync_group_size
         starts = range(0, num_devices, size)
-        options["axis_index_groups"] = [list(range(start, start + size)) for start in starts]
+        # Tuples, for a module with lists could not be hashed.
+        options["axis_index_groups"] = tuple(tuple(range(i, i + size)) for i in starts)
     return options
 
 

@@ -21,7 +21,9 @@ def test_readme_has_an_example_of_the_layer_and_the_step():
 
 @pytest.mark.parametrize("page", [README, *(p.read_text() for p in (ROOT / "docs").glob("*.md"))])
 def test_files_that_the_docs_name_exist(page):
-    named = re.findall(r"\b(?:configs|experiments|docs|mbn_jax|tests)/[\w/]+\.(?:py|md|png)\b", page)
+    named = re.findall(
+        r"\b(?:configs|experiments|docs|mbn_jax|tests)/[\w/]+\.(?:py|md|png)\b", page
+    )
     missing = [name for name in named if not (ROOT / name).exists()]
     assert not missing
 

@@ -334,6 +334,16 @@ def test_pool_is_exact_far_from_zero():
     assert np.max(np.abs(var / expected[1] - 1)) <= 2 / 8 * 2 * ratio * 6e-8
 
 
+@pytest.mark.parametrize("decay", [1.0, 0.9])
+def test_slots_that_agree_pool_to_what_they_agree_on(decay):
+    means = jnp.tile(jnp.array([1000.1, -0.3, 7e-8]), (7, 1))
+    slots = Moments(means, jnp.full((7, 3), 2.5), jnp.full((7, 3), 8.0))
+    mean, var = pool(slots, memory_weights(slots.count, 7, decay))
+    # To the bit: an offset that is common to all slots costs no digits.
+    np.testing.assert_array_equal(mean, means[0])
+    np.testing.assert_allclose(var, [2.5] * 3, rtol=ROUNDING)
+
+
 def test_geometric_pool_and_complex_means():
     means, variances = normal((4, 3), dtype=np.complex64), np.abs(normal((4, 3), seed=1))
     slots = Moments(*map(jnp.asarray, (means, variances, np.full((4, 3), 8, np.float32))))
