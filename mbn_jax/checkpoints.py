@@ -16,8 +16,11 @@ from absl import logging
 from mbn_jax.double_forward import TrainState
 from mbn_jax.errors import UserError
 from mbn_jax.parallel import (
+    agree,
     distribute,
     first_device,
+    first_host_first,
+    gather_over_hosts,
     pool_over_devices,
     replicate,
 )
@@ -35,6 +38,7 @@ class Checkpoints:
     def __init__(self, folder: pathlib.Path, *, keep: int | None = None):
         """Opens `folder` (made where it is missing), keeping the newest `keep` checkpoints."""
         self._folder = folder.absolute()
+        self._reported: set[int] = set()
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=False, create=True
         )
@@ -48,22 +52,25 @@ class Checkpoints:
           local_statistics: whether devices keep statistics of their own.
         """
         host = jax.device_get(_without_key_type(first_device(state)))
-        stats = jax.device_get(state.batch_stats)
-        if not local_statistics:
-            stats = jax.tree.map(lambda x: x[:1], stats)
+        if local_statistics:
+            stats = gather_over_hosts(state.batch_stats)
+        else:
+            stats = jax.tree.map(lambda x: x[:1], jax.device_get(state.batch_stats))
+        groups = max((len(x) for x in jax.tree.leaves(stats)), default=1)
         step = int(host.step)
         tree = {"state": host.replace(batch_stats={}), "batch_stats": stats}
-        groups = {jax.tree.leaves(stats)[0].shape[0]} if jax.tree.leaves(stats) else {1}
         self._manager.save(
             step,
             args=ocp.args.Composite(
                 tree=ocp.args.StandardSave(tree),
-                layout=ocp.args.JsonSave({"statistics_groups": groups.pop()}),
+                layout=ocp.args.JsonSave({"statistics_groups": groups}),
             ),
         )
         self._manager.wait_until_finished()
-        folder = self._folder / str(step)
-        (folder / SEAL).write_text(json.dumps(_checksums(folder), indent=1))
+        with first_host_first():
+            if jax.process_index() == 0:
+                folder = self._folder / str(step)
+                (folder / SEAL).write_text(json.dumps(_checksums(folder), indent=1))
 
     def restore(self, state: TrainState, *, local_statistics: bool) -> TrainState | None:
         """Restores the newest sound checkpoint onto the devices.
@@ -76,25 +83,36 @@ class Checkpoints:
         Returns:
           Arrays `[devices, ...]`, or None where there is no sound checkpoint.
         """
-        found = self._restore_newest(state)
-        if found is None:
+        sound = self._sound_steps()
+        if not sound:
             return None
-        restored, stats = found
-        groups = {x.shape[0] for x in jax.tree.leaves(stats)}
+        restored, stats = self._read(max(sound), state)
         on_devices = replicate(restored.replace(batch_stats={}))
-        if local_statistics and groups == {jax.local_device_count()}:
-            return on_devices.replace(batch_stats=distribute(stats))
-        return on_devices.replace(batch_stats=replicate(_pooled(stats)))
+        groups = {len(x) for x in jax.tree.leaves(stats)}
+        if not local_statistics or groups != {jax.device_count()}:
+            return on_devices.replace(batch_stats=replicate(_pooled(stats)))
+        first = jax.process_index() * jax.local_device_count()
+        here = slice(first, first + jax.local_device_count())
+        stats = jax.tree.map(lambda x: x[here], stats)
+        return on_devices.replace(batch_stats=distribute(stats))
 
-    def _restore_newest(self, state: TrainState):
-        for step in sorted(self._manager.all_steps(), reverse=True):
-            folder = self._folder / str(step)
-            reason = _damage(folder)
-            if reason:
-                logging.warning("Skipped the checkpoint of step %d: %s.", step, reason)
-                continue
-            return self._read(step, state)
-        return None
+    def discard_damaged(self) -> None:
+        """Deletes checkpoints that are not sound, so that the run can write these steps again."""
+        for step in set(self._manager.all_steps()) - set(self._sound_steps()):
+            self._manager.delete(step)
+
+    def _sound_steps(self) -> list[int]:
+        """Returns the steps with a sound checkpoint, as the first host finds them."""
+        steps = sorted(self._manager.all_steps())
+        sound = np.zeros(len(steps), bool)
+        if jax.process_index() == 0:
+            damage = [_damage(self._folder / str(step)) for step in steps]
+            for step, reason in zip(steps, damage, strict=True):
+                if reason and step not in self._reported:
+                    logging.warning("Skipped the checkpoint of step %d: %s.", step, reason)
+                    self._reported.add(step)
+            sound = np.array([reason is None for reason in damage], bool)
+        return [step for step, is_sound in zip(steps, agree(sound), strict=True) if is_sound]
 
     def _read(self, step: int, state: TrainState):
         layout = self._manager.restore(step, args=ocp.args.Composite(layout=ocp.args.JsonRestore()))
@@ -119,20 +137,14 @@ class Checkpoints:
         key = jax.random.wrap_key_data(tree["state"].key)
         return tree["state"].replace(key=key), tree["batch_stats"]
 
-    def discard_damaged(self) -> None:
-        """Deletes checkpoints that are not sound, so that the run can write these steps again."""
-        for step in self._manager.all_steps():
-            if _damage(self._folder / str(step)):
-                self._manager.delete(step)
-
     def close(self) -> None:
         """Releases Orbax's threads."""
         self._manager.close()
 
 
 def _pooled(stats):
-    if any(x.shape[0] > 1 for x in jax.tree.leaves(stats)):
-        return jax.device_get(pool_over_devices(jax.tree.map(jax.numpy.asarray, stats)))
+    if any(len(x) > 1 for x in jax.tree.leaves(stats)):
+        return jax.device_get(pool_over_devices(stats))
     return jax.tree.map(lambda x: x[0], stats)
 
 

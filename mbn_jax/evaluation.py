@@ -14,6 +14,7 @@ from mbn_jax.experiment import Batch, Experiment
 from mbn_jax.parallel import (
     AXIS_NAME,
     distribute,
+    gather_over_hosts,
     map_over_devices,
     pool_over_devices,
     replicate,
@@ -30,7 +31,7 @@ class Evaluator:
         """Puts the split on the devices, where it is in memory."""
         self._experiment = experiment
         self._split = split
-        devices = jax.local_device_count()
+        devices = jax.device_count()
         wanted = min(experiment.config.eval_batch_size, len(split))
         self._batch_size = math.ceil(wanted / devices) * devices
         self._data = device_data(split)
@@ -48,9 +49,15 @@ class Evaluator:
         """
         batch_stats = state.batch_stats
         if self._experiment.local_statistics:
-            batch_stats = replicate(pool_over_devices(batch_stats))
+            batch_stats = replicate(pool_over_devices(gather_over_hosts(batch_stats)))
         totals = []
-        for batch in evaluation_batches(self._split, self._batch_size):
+        batches = evaluation_batches(
+            self._split,
+            self._batch_size,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        for batch in batches:
             batch = distribute(split_over_devices(batch))
             totals.append(self._sums(state.params, batch_stats, self._data, batch))
         # One wait, after all batches are under way.

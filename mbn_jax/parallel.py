@@ -4,12 +4,14 @@ Every array that lives on the devices has a leading axis with one entry a local 
 runtimes share that layout, so that the choice between them is made here and nowhere else.
 """
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from mbn_jax.statistics import Moments, pool_groups
@@ -20,12 +22,8 @@ AXIS_NAME = "batch"
 RUNTIMES = ("pmap", "shard_map")
 
 
-def _mesh() -> Mesh:
-    return Mesh(np.array(jax.local_devices()), (AXIS_NAME,))
-
-
-def _sharding() -> NamedSharding:
-    return NamedSharding(_mesh(), PartitionSpec(AXIS_NAME))
+def _sharding(devices: Sequence[jax.Device]) -> NamedSharding:
+    return NamedSharding(Mesh(np.array(devices), (AXIS_NAME,)), PartitionSpec(AXIS_NAME))
 
 
 def map_over_devices(
@@ -49,14 +47,39 @@ def map_over_devices(
         return jax.tree.map(lambda x: x[None], out)
 
     spec = PartitionSpec(AXIS_NAME)
+    everywhere, here = _sharding(jax.devices()), _sharding(jax.local_devices())
     # With check_vma=True, a gradient averaged by lax.pmean comes out multiplied by the devices.
-    mapped = jax.shard_map(per_device, mesh=_mesh(), in_specs=spec, out_specs=spec, check_vma=False)
-    return jax.jit(mapped, donate_argnums=donate_argnums)
+    mapped = jax.shard_map(
+        per_device, mesh=everywhere.mesh, in_specs=spec, out_specs=spec, check_vma=False
+    )
+    compiled = jax.jit(mapped, donate_argnums=donate_argnums)
+    if jax.process_count() == 1:
+        return compiled
+
+    # Over several hosts jit takes arrays of all of them; `pmap` takes each host's own.
+    def call(*args: PyTree) -> PyTree:
+        return _reshard(compiled(*_reshard(args, everywhere)), here)
+
+    return call
+
+
+def _reshard(tree: PyTree, sharding: NamedSharding) -> PyTree:
+    """Views this host's shards of `[devices, ...]` arrays as those of another set of devices."""
+
+    def view(x: jax.Array) -> jax.Array:
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(view(jax.random.key_data(x)))
+        shards = [shard.data for shard in x.addressable_shards]
+        shape = (sharding.mesh.size, *x.shape[1:])
+        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
+
+    return jax.tree.map(view, tree)
 
 
 def replicate(tree: PyTree) -> PyTree:
     """Puts a copy of every array on each local device, `[devices, ...]`."""
-    sharding, devices = _sharding(), jax.local_devices()
+    devices = jax.local_devices()
+    sharding = _sharding(devices)
 
     def copy(x) -> jax.Array:
         if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
@@ -72,12 +95,39 @@ def replicate(tree: PyTree) -> PyTree:
 
 def distribute(tree: PyTree) -> PyTree:
     """Puts arrays `[devices, ...]` on the local devices, entry by entry."""
-    return jax.device_put(tree, _sharding())
+    return jax.device_put(tree, _sharding(jax.local_devices()))
 
 
 def first_device(tree: PyTree) -> PyTree:
     """Returns the first device's entry of every array, for what is the same on all."""
     return jax.tree.map(lambda x: x[0], tree)
+
+
+def gather_over_hosts(tree: PyTree) -> PyTree:
+    """Returns host copies of arrays `[devices, ...]`, with the entries of all hosts' devices."""
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    return multihost_utils.process_allgather(jax.device_get(tree), tiled=True)
+
+
+def agree(values: np.ndarray) -> np.ndarray:
+    """Returns the first host's values on every host."""
+    if jax.process_count() == 1:
+        return values
+    return np.asarray(multihost_utils.broadcast_one_to_all(values))
+
+
+@contextlib.contextmanager
+def first_host_first() -> Iterator[None]:
+    """Lets the first host through a block before the others, for what one writes for all."""
+    first = jax.process_index() == 0
+    if jax.process_count() > 1 and not first:
+        multihost_utils.sync_global_devices("first_host_first")
+    try:
+        yield
+    finally:
+        if jax.process_count() > 1 and first:
+            multihost_utils.sync_global_devices("first_host_first")
 
 
 def split_over_devices(batch: PyTree, *, axis: int = 0) -> PyTree:
@@ -119,9 +169,10 @@ def pool_over_devices(batch_stats: PyTree) -> PyTree:
         return batch_stats[0]
     pooled: dict[str, jax.Array] = {}
     mean, var = batch_stats.get("mean"), batch_stats.get("var")
-    if isinstance(mean, jax.Array) and isinstance(var, jax.Array):
+    arrays = jax.Array | np.ndarray
+    if isinstance(mean, arrays) and isinstance(var, arrays):  # Not layers of these names.
         count = batch_stats.get("count", jnp.ones_like(var))
-        pooled = pool_groups(Moments(mean, var, count))._asdict()
+        pooled = pool_groups(Moments(*map(jnp.asarray, (mean, var, count))))._asdict()
     return {
         name: pooled[name] if name in pooled else pool_over_devices(value)
         for name, value in batch_stats.items()

@@ -70,6 +70,25 @@ class Reporter:
         self._events.close()
 
 
+class SilentReporter(Reporter):
+    """Of a host that is not the first: computes along, and writes nothing."""
+
+    def __init__(self, workdir: pathlib.Path, *, first_step: int, total_steps: int):
+        """Opens nothing."""
+
+    def write(self, step: int, values: Mapping[str, float], *, only_events: bool = False) -> None:
+        """Writes nothing."""
+
+    def progress(self, step: int, values: Mapping[str, float]) -> None:
+        """Shows nothing."""
+
+    def say(self, line: str) -> None:
+        """Says nothing."""
+
+    def close(self) -> None:
+        """Has nothing to close."""
+
+
 def _sound_records(workdir: pathlib.Path) -> list[dict[str, float]]:
     """Reads the records, but for a last line that a kill cut short."""
     try:

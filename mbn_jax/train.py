@@ -21,11 +21,12 @@ from mbn_jax.experiment import Experiment
 from mbn_jax.parallel import (
     distribute,
     first_device,
+    first_host_first,
     map_over_devices,
     replicate,
     split_over_devices,
 )
-from mbn_jax.reporting import Reporter, draw_curves, read_metrics
+from mbn_jax.reporting import Reporter, SilentReporter, draw_curves, read_metrics
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -63,8 +64,10 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, float]:
     """
     workdir = pathlib.Path(workdir)
     open_workdir(config, workdir)
-    experiment = Experiment.build(config)
-    save_config(config, workdir)
+    with first_host_first():  # One prepares the data for all.
+        experiment = Experiment.build(config)
+        if jax.process_index() == 0:
+            save_config(config, workdir)
 
     checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=config.keep_checkpoints)
     local = experiment.local_statistics
@@ -73,7 +76,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, float]:
     checkpoints.discard_damaged()
     state = replicate(fresh) if restored is None else restored
     first_step = int(state.step[0])
-    reporter = Reporter(workdir, first_step=first_step, total_steps=experiment.total_steps)
+    make_reporter = Reporter if jax.process_index() == 0 else SilentReporter
+    reporter = make_reporter(workdir, first_step=first_step, total_steps=experiment.total_steps)
     if first_step:
         reporter.say(f"resumed from the checkpoint of step {first_step}")
     try:
@@ -82,7 +86,8 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, float]:
     finally:
         reporter.close()
         checkpoints.close()
-    draw_curves(workdir, run_title(config))
+    if jax.process_index() == 0:
+        draw_curves(workdir, run_title(config))
     return last_values(workdir)
 
 

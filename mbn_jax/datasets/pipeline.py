@@ -54,18 +54,25 @@ def training_batches(
     return iter(batches.map(load).to_iter_dataset())
 
 
-def evaluation_batches(split: Split, batch_size: int) -> Iterator[dict[str, np.ndarray]]:
-    """Yields every example once; the last batch is padded, and its 'mask' is False there.
+def evaluation_batches(
+    split: Split, batch_size: int, *, process_index: int = 0, process_count: int = 1
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yields this host's part of every example once, in global batches of `batch_size`.
+
+    The last batch is padded, and its 'mask' is False there.
 
     Args:
       split: what to read.
-      batch_size: examples a batch.
+      batch_size: global, a multiple of `process_count`.
+      process_index: of this host.
+      process_count: number of hosts.
 
     Yields:
-      'index' (or 'image' and 'label') as `training_batches`, and 'mask' bool `[batch]`.
+      'index' (or 'image' and 'label') as `training_batches`, and 'mask' bool `[local batch]`.
     """
-    for start in range(0, len(split), batch_size):
-        positions = np.arange(start, start + batch_size)
+    local = batch_size // process_count
+    for start in range(process_index * local, len(split) + process_index * local, batch_size):
+        positions = np.arange(start, start + local)
         indices = np.minimum(positions, len(split) - 1).astype(np.int32)
         batch = {"index": indices} if split.images is not None else split.read(indices)
         yield {**batch, "mask": positions < len(split)}
