@@ -1,7 +1,8 @@
 """Handwritten digits at batch size 2: where batch normalization fails and a memory does not.
 
     mbn-train --config=configs/digits.py --workdir=runs/digits
-    mbn-train --config=configs/digits.py --workdir=runs/digits_batch --config.norm.name=batch
+    mbn-train --config=configs/digits.py --workdir=runs/batch --config.norm.name=batch \
+        --config.double_forward=off
 
 1,797 real 8x8 images, shipped inside scikit-learn; a convnet whose last norm sees 1x1 pixels, so
 that a batch of 2 gives it two values a channel. Some 10 s on 2 CPU cores. Results: README.md.

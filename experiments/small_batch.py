@@ -1,9 +1,10 @@
-"""Why the defaults are what they are: digits at batch size 2, over norms, memories and gradients.
+"""Why the defaults are what they are: norms, memories and gradients at small batch sizes.
 
-    python experiments/small_batch.py --workdir=runs/small_batch --seeds=10
+    python experiments/small_batch.py --workdir=runs/small_batch --seeds=5
 
-Trains every variant of configs/digits.py below with every seed (two at a time on two cores: about
-half an hour), and writes results.csv and table.md. Started again, it keeps the finished runs.
+Trains every variant below of a config with every seed, two runs at a time, and writes results.csv
+and table.md. `--variants` takes some of them only. Started again, it keeps the finished runs and
+repeats the diverged ones.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import multiprocessing
 import pathlib
 import statistics
 
-CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "digits.py"
+DIGITS = pathlib.Path(__file__).parent.parent / "configs" / "digits.py"
 VARIANTS = {
     "batch normalization": {"norm.name": "batch", "double_forward": "off"},
     "batch normalization, two-pass variance": {
@@ -37,21 +38,25 @@ VARIANTS = {
 }
 
 
-def run(name: str, seed: int, workdir: pathlib.Path) -> dict:
+def run(config: str, name: str, seed: int, workdir: pathlib.Path, data_dir: str) -> dict:
     """Trains one variant with one seed; returns its row of the results."""
     from mbn_jax.main import parse_config
-    from mbn_jax.train import NonFiniteLossError, train
+    from mbn_jax.train import DivergenceError, train
 
-    fields = {"seed": seed, "eval_every_steps": 10**6, "checkpoint_every_steps": 10**6}
+    fields = {
+        "seed": seed,
+        "dataset.data_dir": data_dir,
+        "eval_every_steps": 10**6,
+        "checkpoint_every_steps": 10**6,
+    }
     overrides = [f"--config.{k}={v}" for k, v in {**fields, **VARIANTS[name]}.items()]
     row = {"variant": name, "seed": seed, "test_error": "", "diverged_at_step": ""}
     folder = workdir / name.replace(" ", "_").replace(",", "") / str(seed)
     try:
-        return row | {
-            "test_error": train(parse_config(str(CONFIG), overrides), folder)["test_error"]
-        }
-    except NonFiniteLossError as error:
+        values = train(parse_config(config, overrides), folder)
+    except DivergenceError as error:
         return row | {"diverged_at_step": error.step}
+    return row | {"test_error": values["test_error"]}
 
 
 def table(rows: list[dict]) -> str:
@@ -59,6 +64,8 @@ def table(rows: list[dict]) -> str:
     lines = ["| variant | test error, % | runs | diverged |", "| --- | --- | --- | --- |"]
     for name in VARIANTS:
         runs = [row for row in rows if row["variant"] == name]
+        if not runs:
+            continue
         errors = [100 * row["test_error"] for row in runs if row["test_error"] != ""]
         cell = "-"
         if errors:
@@ -72,16 +79,19 @@ def main() -> None:
     """Runs everything that is missing and writes the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workdir", type=pathlib.Path, required=True)
-    parser.add_argument("--seeds", type=int, default=10)
+    parser.add_argument("--config", default=str(DIGITS))
+    parser.add_argument("--data_dir", default="", help="where TFDS keeps its data sets")
+    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
-    rows = []
+    rows: list[dict] = []
     with concurrent.futures.ProcessPoolExecutor(
         args.processes, mp_context=multiprocessing.get_context("spawn")
     ) as pool:
         runs = [
-            pool.submit(run, name, seed, args.workdir)
-            for name in VARIANTS
+            pool.submit(run, args.config, name, seed, args.workdir, args.data_dir)
+            for name in args.variants
             for seed in range(args.seeds)
         ]
         for future in concurrent.futures.as_completed(runs):

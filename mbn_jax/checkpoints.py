@@ -39,9 +39,8 @@ class Checkpoints:
         """Opens `folder` (made where it is missing), keeping the newest `keep` checkpoints."""
         self._folder = folder.absolute()
         self._reported: set[int] = set()
-        options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=False, create=True
-        )
+        self._keep = keep
+        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
     def save(self, state: TrainState, *, local_statistics: bool) -> None:
@@ -59,18 +58,23 @@ class Checkpoints:
         groups = max((len(x) for x in jax.tree.leaves(stats)), default=1)
         step = int(host.step)
         tree = {"state": host.replace(batch_stats={}), "batch_stats": stats}
-        self._manager.save(
+        saved = self._manager.save(
             step,
             args=ocp.args.Composite(
                 tree=ocp.args.StandardSave(tree),
                 layout=ocp.args.JsonSave({"statistics_groups": groups}),
             ),
         )
+        if not saved:
+            raise RuntimeError(f"Orbax declined to save step {step} in {self._folder}.")
         self._manager.wait_until_finished()
         with first_host_first():
             if jax.process_index() == 0:
                 folder = self._folder / str(step)
                 (folder / SEAL).write_text(json.dumps(_checksums(folder), indent=1))
+        # Not by Orbax, which would drop the oldest before the newest is sealed.
+        for old in sorted(self._manager.all_steps())[: -self._keep] if self._keep else ():
+            self._manager.delete(old)
 
     def restore(self, state: TrainState, *, local_statistics: bool) -> TrainState | None:
         """Restores the newest sound checkpoint onto the devices.

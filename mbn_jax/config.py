@@ -14,6 +14,8 @@ from mbn_jax.norms import NORMS, SYNCS
 from mbn_jax.optimizers import OPTIMIZERS, SCHEDULES
 from mbn_jax.parallel import RUNTIMES
 
+MAX_MEMORY_SIZE = 1 << 16
+
 
 def default_config() -> ConfigDict:
     """Returns every field with its default; a config file changes a few of them.
@@ -78,19 +80,24 @@ def default_config() -> ConfigDict:
     config.eval_every_steps = 0  # 0: once an epoch.
     config.checkpoint_every_steps = 0  # 0: once an epoch.
     config.keep_checkpoints = 3
-    return config
+    return config.lock()  # A misspelt field in a config file is an error.
 
 
-def validate(config: ConfigDict, num_devices: int) -> None:
-    """Checks all that can be checked without the data.
+def validate(config: ConfigDict) -> None:
+    """Checks all that can be checked without the data and the devices.
 
     Args:
       config: from `default_config`, with changes.
-      num_devices: over all hosts.
 
     Raises:
       UserError: naming the first field that is impossible, what it is and what it may be.
     """
+    differing = sorted(_names(config) ^ _names(default_config()))
+    if differing:
+        raise UserError(
+            f"The config must have the fields of mbn_jax.config.default_config(), and differs in "
+            f"{', '.join(differing)}; make it from that function."
+        )
     _choice(config, "model.name", MODELS)
     _choice(config, "model.dtype", ("float32", "bfloat16"))
     _choice(config, "norm.name", NORMS)
@@ -131,6 +138,13 @@ def validate(config: ConfigDict, num_devices: int) -> None:
     _number(config, "norm.decay", "in (0, 1]", lambda value: 0 < value <= 1)
     _number(config, "seed", "below 2^31", lambda value: value < 2**31)
 
+    features = config.model.features
+    if not features or any(not isinstance(f, int) or f < 1 for f in features):
+        raise UserError(f"model.features must be whole numbers of 1 or more, got {features}.")
+    if config.norm.memory_size > MAX_MEMORY_SIZE:
+        raise UserError(
+            f"norm.memory_size must be at most {MAX_MEMORY_SIZE}, got {config.norm.memory_size}."
+        )
     norm = config.norm
     if (norm.r_max or norm.d_max) and norm.gradient != "renorm":
         raise UserError(
@@ -138,21 +152,26 @@ def validate(config: ConfigDict, num_devices: int) -> None:
         )
     if norm.r_max and norm.r_max < 1:
         raise UserError(f"norm.r_max must be 1 or more (0: off), got {norm.r_max}.")
-    if config.batch_size % num_devices:
-        raise UserError(
-            f"batch_size must be divisible by the {num_devices} devices, got {config.batch_size}."
-        )
-    if norm.sync == "group" and num_devices % norm.sync_group_size:
-        raise UserError(
-            f"norm.sync_group_size must divide the {num_devices} devices, got "
-            f"{norm.sync_group_size}."
-        )
     for field in ("log_every_steps", "eval_every_steps", "checkpoint_every_steps"):
         if config[field] % config.steps_per_dispatch:
             raise UserError(
                 f"{field} must be a multiple of steps_per_dispatch={config.steps_per_dispatch}, "
                 f"got {config[field]}."
             )
+
+
+def validate_devices(config: ConfigDict, num_devices: int) -> None:
+    """Checks the config against the number of devices of all hosts; raises UserError."""
+    if config.batch_size % num_devices:
+        raise UserError(
+            f"batch_size must be divisible by the {num_devices} devices, got {config.batch_size}; "
+            "change it, or let JAX see fewer devices (CUDA_VISIBLE_DEVICES=0, for example)."
+        )
+    if config.norm.sync == "group" and num_devices % config.norm.sync_group_size:
+        raise UserError(
+            f"norm.sync_group_size must divide the {num_devices} devices, got "
+            f"{config.norm.sync_group_size}."
+        )
 
 
 def validate_examples(config: ConfigDict, num_examples: int) -> None:
@@ -167,6 +186,21 @@ def validate_examples(config: ConfigDict, num_examples: int) -> None:
             f"num_epochs={config.num_epochs} is less than one step of batch_size="
             f"{config.batch_size} on {num_examples} examples; raise it."
         )
+    warmup = config.schedule.warmup_epochs
+    if warmup >= config.num_epochs:
+        raise UserError(
+            f"schedule.warmup_epochs must be below num_epochs={config.num_epochs}, got {warmup}."
+        )
+    epochs = config.schedule.step_epochs
+    steps = [int(epoch * steps_per_epoch(config, num_examples)) for epoch in epochs]
+    if config.schedule.name == "step" and (
+        not all(warmup < epoch < config.num_epochs for epoch in epochs)
+        or steps != sorted(set(steps))
+    ):
+        raise UserError(
+            f"schedule.step_epochs must rise from above warmup_epochs={warmup} to below "
+            f"num_epochs={config.num_epochs}, at least a step apart, got {tuple(epochs)}."
+        )
 
 
 def steps_per_epoch(config: ConfigDict, num_examples: int) -> int:
@@ -177,6 +211,15 @@ def steps_per_epoch(config: ConfigDict, num_examples: int) -> int:
 def total_steps(config: ConfigDict, num_examples: int) -> int:
     """Returns the steps of the whole run."""
     return int(config.num_epochs * steps_per_epoch(config, num_examples))
+
+
+def _names(config: ConfigDict, prefix: str = "") -> set[str]:
+    """Returns the names of all fields, dotted."""
+    names: set[str] = set()
+    for name, value in config.items():
+        nested = isinstance(value, ConfigDict)
+        names |= _names(value, f"{prefix}{name}.") if nested else {prefix + name}
+    return names
 
 
 def _lookup(config: ConfigDict, field: str):
@@ -197,5 +240,5 @@ def _choice(config: ConfigDict, field: str, choices) -> None:
 
 def _number(config: ConfigDict, field: str, expected: str, is_valid: Callable) -> None:
     value = _lookup(config, field)
-    if not math.isfinite(value) or not is_valid(value):
+    if not isinstance(value, int | float) or not math.isfinite(value) or not is_valid(value):
         raise UserError(f"{field} must be {expected}, got {value}.")

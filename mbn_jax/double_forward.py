@@ -23,7 +23,8 @@ FIRST_BATCH_MOMENTS = "first_batch_moments"
 """Read-only collection in which the second forward finds what the first recorded as BATCH_MOMENTS.
 
 It has the tree of `batch_moments`: under each layer's path, a tuple with one entry a call. A layer
-that can use it reads it with `self.get_variable`; all others never notice.
+that can use it, to tell how the update moved its statistics, reads it with `self.get_variable`; all
+others never notice.
 """
 
 DOUBLE_FORWARD = ("off", "rewrite")
@@ -71,9 +72,9 @@ class TrainState(struct.PyTreeNode):
             )
         return cls(
             step=jnp.zeros((), jnp.int32),
-            params=variables["params"],
+            params=variables.get("params", {}),
             batch_stats=variables.get("batch_stats", {}),
-            opt_state=tx.init(variables["params"]),
+            opt_state=tx.init(variables.get("params", {})),
             key=key,
         )
 
@@ -103,12 +104,13 @@ def make_train_step(
     Args:
       apply_fn: `model.apply`.
       tx: the optimizer.
-      loss_fn: `loss_fn(apply, batch) -> (loss, (metrics, updates))`. `apply` is `model.apply` bound
-        to the variables, the mutable collections and the random keys of this forward; it returns
-        `(outputs, updates)`, and `updates` is to be handed back. `metrics` is a dict of scalars.
+      loss_fn: `loss_fn(apply, batch) -> (loss, (metrics, updates))`, a pure function, traced once
+        for each forward. `apply` is `model.apply` bound to the variables, the mutable collections
+        and the random keys of this forward; it returns `(outputs, updates)`, and `updates` is to be
+        handed back. `metrics` is a dict of scalars.
       double_forward: 'rewrite', as above, or 'off': S' is what step 1 wrote.
-      axis_name: named axis of `pmap` or `shard_map`; gradients and metrics are averaged over it.
-        Statistics are not: a layer syncs its own if it is built with `axis_name`.
+      axis_name: named axis of `pmap` or of `shard_map(check_vma=False)`, over which gradients and
+        metrics are averaged. Statistics are not: a layer built with `axis_name` syncs its own.
       rng_names: random streams that the model draws from in training.
 
     Returns:
@@ -116,7 +118,7 @@ def make_train_step(
       averaged over devices.
 
     Raises:
-      ValueError: for an unknown `double_forward`.
+      ValueError: for an unknown `double_forward`; the step, under `shard_map(check_vma=True)`.
 
     References:
       Guo et al., "Double Forward Propagation for Memorized Batch Normalization", AAAI 2018 (arXiv
@@ -140,6 +142,11 @@ def make_train_step(
         raise ValueError(f"double_forward must be one of {DOUBLE_FORWARD}, got {double_forward!r}.")
 
     def train_step(state: TrainState, batch: PyTree):
+        if any(getattr(jax.typeof(x), "vma", None) for x in jax.tree.leaves(batch)):
+            raise ValueError(
+                "The step runs under jax.shard_map with check_vma=False only: with its check, "
+                "gradients averaged by lax.pmean come out multiplied by the number of devices."
+            )
         key = jax.random.fold_in(state.key, state.step)
         if axis_name is not None:
             key = jax.random.fold_in(key, lax.axis_index(axis_name))

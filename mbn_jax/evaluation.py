@@ -1,16 +1,20 @@
 """Exact evaluation on a split: every example counts once, the last batch is padded and masked."""
 
 import math
+import pathlib
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from mbn_jax.checkpoints import Checkpoints
 from mbn_jax.datasets.images import Split
 from mbn_jax.datasets.pipeline import evaluation_batches, take
 from mbn_jax.double_forward import TrainState
-from mbn_jax.experiment import Batch, Experiment
+from mbn_jax.errors import UserError
+from mbn_jax.experiment import Batch, Experiment, device_data, load_dataset_split
 from mbn_jax.parallel import (
     AXIS_NAME,
     distribute,
@@ -20,6 +24,7 @@ from mbn_jax.parallel import (
     replicate,
     split_over_devices,
 )
+from mbn_jax.workdir import CHECKPOINTS, load_config
 
 PyTree = Any
 
@@ -50,7 +55,8 @@ class Evaluator:
         batch_stats = state.batch_stats
         if self._experiment.local_statistics:
             batch_stats = replicate(pool_over_devices(gather_over_hosts(batch_stats)))
-        totals = []
+        # Each batch adds to the sums of the one before: one runs after the other, nothing piles up.
+        totals = replicate({"loss": np.float32(0), "wrong": np.int32(0), "count": np.int32(0)})
         batches = evaluation_batches(
             self._split,
             self._batch_size,
@@ -59,15 +65,13 @@ class Evaluator:
         )
         for batch in batches:
             batch = distribute(split_over_devices(batch))
-            totals.append(self._sums(state.params, batch_stats, self._data, batch))
-        # One wait, after all batches are under way.
-        totals = jax.device_get(totals)
-        loss, wrong, count = (
-            sum(float(t[k][0]) for t in totals) for k in ("loss", "wrong", "count")
-        )
-        return {"loss": loss / count, "error": wrong / count}
+            totals = self._sums(totals, state.params, batch_stats, self._data, batch)
+        sums = {name: float(value[0]) for name, value in jax.device_get(totals).items()}
+        return {"loss": sums["loss"] / sums["count"], "error": sums["wrong"] / sums["count"]}
 
-    def _device_sums(self, params: PyTree, batch_stats: PyTree, data: Batch, batch: Batch) -> Batch:
+    def _device_sums(
+        self, totals: Batch, params: PyTree, batch_stats: PyTree, data: Batch, batch: Batch
+    ) -> Batch:
         batch = take(data, batch)
         variables = {"params": params, "batch_stats": batch_stats}
         images = self._experiment.images(batch)
@@ -78,11 +82,32 @@ class Evaluator:
             "wrong": jnp.sum((logits.argmax(-1) != batch["label"]) & batch["mask"]),
             "count": jnp.sum(batch["mask"]),
         }
-        return jax.lax.psum(sums, AXIS_NAME)
+        return jax.tree.map(jnp.add, totals, jax.lax.psum(sums, AXIS_NAME))
 
 
-def device_data(split: Split) -> Batch:
-    """Returns the split's arrays on every device, or nothing where it is decoded as it is used."""
-    if split.images is None:
-        return {}
-    return replicate({"image": split.images, "label": split.labels})
+def evaluate_run(workdir: pathlib.Path, split: str | None = None) -> dict[str, float | str]:
+    """Evaluates the newest sound checkpoint of a run on any split.
+
+    Args:
+      workdir: of the run.
+      split: TFDS split; default: the run's test split.
+
+    Returns:
+      'step', 'split', 'loss' and 'error'.
+
+    Raises:
+      UserError: where there is no run or no sound checkpoint.
+    """
+    experiment = Experiment.build(load_config(workdir))
+    checkpoints = Checkpoints(workdir / CHECKPOINTS)
+    try:
+        state = checkpoints.restore(
+            experiment.initial_state(), local_statistics=experiment.local_statistics
+        )
+    finally:
+        checkpoints.close()
+    if state is None:
+        raise UserError(f"{workdir} has no sound checkpoint to evaluate.")
+    evaluated = load_dataset_split(experiment.config, split) if split else experiment.test
+    values = Evaluator(experiment, evaluated)(state)
+    return {"step": int(state.step[0]), "split": evaluated.name, **values}

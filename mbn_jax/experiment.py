@@ -18,7 +18,7 @@ from mbn_jax.double_forward import TrainState, make_train_step
 from mbn_jax.models import build_model
 from mbn_jax.norms import build_norm
 from mbn_jax.optimizers import build_optimizer, build_schedule
-from mbn_jax.parallel import AXIS_NAME
+from mbn_jax.parallel import AXIS_NAME, replicate
 
 PyTree = Any
 Batch = dict[str, jax.Array]
@@ -57,7 +57,7 @@ class Experiment:
         Raises:
           UserError: for a configuration or data set that cannot work.
         """
-        config_lib.validate(config, jax.device_count())
+        config_lib.validate(config)
         train = load_dataset_split(config, config.dataset.train_split)
         config_lib.validate_examples(config, len(train))
         test = load_dataset_split(config, config.dataset.test_split)
@@ -88,10 +88,14 @@ class Experiment:
 
     def initial_state(self) -> TrainState:
         """Returns the state before the first step, a function of the seed alone."""
-        init_key, run_key = jax.random.split(jax.random.key(self.config.seed))
+        init_key, run_key, _ = self._keys()
         images = jnp.zeros((1, *self.train.image_shape), jnp.float32)
         init = jax.jit(functools.partial(self.model.init, train=False))
         return TrainState.create(init(init_key, images), self.tx, run_key)
+
+    def _keys(self) -> jax.Array:
+        """Returns the random keys of initialization, of the steps and of the augmentation."""
+        return jax.random.split(jax.random.key(self.config.seed), 3)
 
     def images(self, batch: Batch) -> jax.Array:
         """Returns the standardized images of a batch, float32."""
@@ -122,7 +126,7 @@ class Experiment:
             size = batch["label"].shape[0]
             # In the global batch, so that the draws do not depend on the number of devices.
             positions = jax.lax.axis_index(AXIS_NAME) * size + jnp.arange(size)
-            keys = example_keys(jax.random.key(self.config.seed), state.step, positions)
+            keys = example_keys(self._keys()[2], state.step, positions)
             images = augment(
                 self.images(batch), keys, crop_padding=options.crop_padding, flip=options.flip
             )
@@ -141,6 +145,13 @@ def classification_loss(apply, batch: Batch):
     loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
     error = jnp.mean(logits.argmax(-1) != batch["label"])
     return loss.mean(), ({"error": error}, updates)
+
+
+def device_data(split: Split) -> Batch:
+    """Returns the split's arrays on every device, or nothing where it is decoded as it is used."""
+    if split.images is None:
+        return {}
+    return replicate({"image": split.images, "label": split.labels})
 
 
 def load_dataset_split(config: ConfigDict, split: str) -> Split:

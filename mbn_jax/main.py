@@ -1,6 +1,7 @@
 """The commands `mbn-train` and `mbn-eval`: flags, one call, one sentence for a mistake."""
 
 import argparse
+import difflib
 import json
 import pathlib
 import runpy
@@ -27,7 +28,8 @@ def train_command(argv: Sequence[str]) -> int:
         description="Trains a network as a config file says. The same command again resumes.",
         epilog=f"""examples:
   {EXAMPLE}
-  mbn-train --config={EXAMPLE_CONFIG} --workdir=runs/batch --config.norm.name=batch
+  mbn-train --config={EXAMPLE_CONFIG} --workdir=runs/batch --config.norm.name=batch \\
+      --config.double_forward=off
   mbn-train --config={EXAMPLE_CONFIG} --workdir=runs/k8 --config.norm.memory_size=8
 
 Every field of mbn_jax/config.py can be set with --config.FIELD=VALUE. In the workdir: config.json,
@@ -48,13 +50,18 @@ Exit status: 0 done, {USER_MISTAKE} a mistake in the input, {DIVERGED} the loss 
         )
     config = parse_config(args.config, overrides)
 
-    from mbn_jax.train import NonFiniteLossError, run_title, train  # After the flags: it loads JAX.
+    from mbn_jax.train import DivergenceError, run_title, train  # Slow to import: TFDS, Orbax.
 
     try:
         values = train(config, pathlib.Path(args.workdir))
-    except NonFiniteLossError as error:
+    except DivergenceError as error:
         print(f"mbn-train: {error}", file=sys.stderr)
         return DIVERGED
+    if "test_error" not in values:
+        raise UserError(
+            f"{args.workdir} is a finished run without its metrics.jsonl; evaluate it with "
+            f"mbn-eval --workdir={args.workdir}"
+        )
     print(
         f"{run_title(config)}: test error {values['test_error']:.2%}, test loss "
         f"{values['test_loss']:.4f} after {values['step']} steps; see {args.workdir}/curves.png"
@@ -75,7 +82,7 @@ def eval_command(argv: Sequence[str]) -> int:
     )
     args = parser.parse_args(argv)
 
-    from mbn_jax.evaluate_run import evaluate_run
+    from mbn_jax.evaluation import evaluate_run
 
     print(json.dumps(evaluate_run(pathlib.Path(args.workdir), args.split)))
     return 0
@@ -102,7 +109,13 @@ def parse_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     try:
         config = runpy.run_path(path)["get_config"]()
     except Exception as error:  # The file is the user's code: it may fail in any way.
-        raise UserError(f"config file {path} failed: {type(error).__name__}: {error}") from error
+        reason = " ".join(str(error).split())
+        raise UserError(f"config file {path} failed: {type(error).__name__}: {reason}") from error
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"get_config() of {path} must return a ConfigDict, got {type(config)}")
+    for override in overrides:
+        if override.startswith("--config."):
+            _check_field(config, override.removeprefix("--config.").split("=")[0])
     values = flags.FlagValues()
     argv = ["mbn-train", *overrides]
     try:
@@ -110,15 +123,26 @@ def parse_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
         positional = values(argv)[1:]
     except flags.Error as error:
         raise UserError(str(error)) from error
-    except (AttributeError, KeyError) as error:
-        # Its message is the misspelt key and, on the next line, the field that is close to it.
-        name, *hint = str(error.args[0]).splitlines()
-        raise UserError(f"the config has no field {name}. {' '.join(hint)}".strip()) from error
     except (TypeError, ValueError) as error:
         raise UserError(str(error)) from error
     if positional:
         raise UserError(f"unknown argument {positional[0]}; see --help")
     return values.config
+
+
+def _check_field(config: ConfigDict, name: str) -> None:
+    """Raises UserError unless `name`, dotted, is a field and no group of fields."""
+    found, group = config, ""
+    for key in name.split("."):
+        if not isinstance(found, ConfigDict) or key not in found:
+            fields = list(found) if isinstance(found, ConfigDict) else []
+            close = [group + field for field in difflib.get_close_matches(key, fields, n=1)]
+            hint = f"; did you mean {close[0]}?" if close else ""
+            raise UserError(f"the config has no field {name}{hint}")
+        found, group = found[key], f"{group}{key}."
+    if isinstance(found, ConfigDict):
+        names = ", ".join(f"{group}{field}" for field in found)
+        raise UserError(f"{name} is a group; set one of its fields: {names}")
 
 
 def _run(command: Callable[[Sequence[str]], int], name: str) -> None:
@@ -129,10 +153,7 @@ def _run(command: Callable[[Sequence[str]], int], name: str) -> None:
         print(f"{name}: {error}", file=sys.stderr)
         status = USER_MISTAKE
     except KeyboardInterrupt:
-        print(
-            f"{name}: interrupted; the same command resumes from the last checkpoint",
-            file=sys.stderr,
-        )
+        print(f"{name}: interrupted; the same command goes on", file=sys.stderr)
         status = 130
     sys.exit(status)
 

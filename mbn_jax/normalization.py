@@ -114,7 +114,8 @@ class MemorizedBatchNorm(nn.Module):
     At inference the memory is pooled by the same weights; there is no moving average. The memory
     lives in the `batch_stats` collection, newest slot first: `mean`, `var` and `count` (elements
     behind the slot, 0 = empty), each `[memory_capacity, *features]`. A fresh memory normalizes by
-    mean 0 and variance 1. A layer called twice in one forward pass pushes one slot a call.
+    mean 0 and variance 1. A layer called twice in one forward pass pushes one slot a call. A batch
+    whose statistics are not finite pushes none: it shows in its own outputs, and is gone after.
 
     Use with `mbn_jax.make_train_step`, or push without Double Forward in any train loop that keeps
     `batch_stats`.
@@ -296,7 +297,8 @@ class MemorizedBatchNorm(nn.Module):
         mean, _ = pooled(slots)
         if synced:  # Devices must agree on it; their first elements do not.
             return mean
-        return jnp.where(slots.count[0] > 0, mean, first_element(x, axes, mask).astype(mean.dtype))
+        first = first_element(x, axes, mask).astype(mean.dtype)
+        return jnp.where(slots.count[0] > 0, mean, first)
 
     def _gradient_rule(self, x: Array, axes: tuple[int, ...], synced: bool) -> str:
         if self.gradient != "auto":

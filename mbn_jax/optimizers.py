@@ -17,7 +17,7 @@ def build_schedule(config: ConfigDict, *, steps_per_epoch: int, total_steps: int
       total_steps: of the run; 'cosine' reaches 0 there.
     """
     rate = config.optimizer.learning_rate
-    warmup = min(int(config.schedule.warmup_epochs * steps_per_epoch), total_steps - 1)
+    warmup = int(config.schedule.warmup_epochs * steps_per_epoch)
     if config.schedule.name == "cosine":
         main = optax.cosine_decay_schedule(rate, total_steps - warmup)
     elif config.schedule.name == "step":
@@ -42,7 +42,7 @@ def decayed_params(params) -> object:
     {'conv': {'bias': False, 'kernel': True}, 'norm': {'scale': False}}
     """
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[-1].key not in ("scale", "bias"), params
+        lambda path, _: getattr(path[-1], "key", None) not in ("scale", "bias"), params
     )
 
 

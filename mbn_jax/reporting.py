@@ -25,12 +25,21 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
 class Reporter:
     """Writes the records of a run, and the line that shows how far it is."""
 
-    def __init__(self, workdir: pathlib.Path, *, first_step: int, total_steps: int):
-        """Goes on after `first_step`: records past it, to be written again, are dropped."""
+    def __init__(
+        self, workdir: pathlib.Path, *, first_step: int, total_steps: int, silent: bool = False
+    ):
+        """Goes on after `first_step`: records past it, to be written again, are dropped.
+
+        A `silent` one writes and shows nothing: that of a host that is not the first.
+        """
+        self._silent = silent
+        if silent:
+            return
         self._total_steps = total_steps
         self._first_step = first_step
         self._begin = time.monotonic()
         self._is_terminal = sys.stderr.isatty()
+        self._line_is_open = False
         kept = [r for r in _sound_records(workdir) if r["step"] <= first_step]
         temporary = workdir / f"{METRICS}.new"
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
@@ -40,6 +49,8 @@ class Reporter:
 
     def write(self, step: int, values: Mapping[str, float], *, only_events: bool = False) -> None:
         """Writes one record: a line of `metrics.jsonl`, and a scalar a value for TensorBoard."""
+        if self._silent:
+            return
         if not only_events:
             self._metrics.write(json.dumps({"step": step, **values}) + "\n")
             self._metrics.flush()
@@ -48,6 +59,8 @@ class Reporter:
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
         """Shows step, loss, error, images/s and the time left."""
+        if self._silent:
+            return
         done = step - self._first_step
         left = (time.monotonic() - self._begin) / max(done, 1) * (self._total_steps - step)
         line = (
@@ -57,36 +70,25 @@ class Reporter:
         )
         if self._is_terminal:
             print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
+            self._line_is_open = True
         else:
             print(line, file=sys.stderr, flush=True)
 
     def say(self, line: str) -> None:
         """Prints a line that stays."""
+        if self._silent:
+            return
         print(f"\r\033[K{line}" if self._is_terminal else line, file=sys.stderr, flush=True)
+        self._line_is_open = False
 
     def close(self) -> None:
-        """Flushes and closes the files."""
+        """Flushes and closes the files, and leaves the progress line."""
+        if self._silent:
+            return
+        if self._is_terminal and self._line_is_open:
+            print(file=sys.stderr)
         self._metrics.close()
         self._events.close()
-
-
-class SilentReporter(Reporter):
-    """Of a host that is not the first: computes along, and writes nothing."""
-
-    def __init__(self, workdir: pathlib.Path, *, first_step: int, total_steps: int):
-        """Opens nothing."""
-
-    def write(self, step: int, values: Mapping[str, float], *, only_events: bool = False) -> None:
-        """Writes nothing."""
-
-    def progress(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows nothing."""
-
-    def say(self, line: str) -> None:
-        """Says nothing."""
-
-    def close(self) -> None:
-        """Has nothing to close."""
 
 
 def _sound_records(workdir: pathlib.Path) -> list[dict[str, float]]:

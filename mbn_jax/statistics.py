@@ -213,12 +213,19 @@ def pool(slots: Moments, weights: Array) -> tuple[Array, Array]:
     [2.0, 1.5]
     """
     weights = weights.astype(slots.var.dtype)
+    # Selected, not multiplied away: what is in an unused slot must not matter.
+    used = weights > 0
+    slots = slots._replace(
+        mean=jnp.where(used, slots.mean, jnp.zeros_like(slots.mean)),
+        var=jnp.where(used, slots.var, jnp.zeros_like(slots.var)),
+    )
     # Relative to the newest slot, so that an offset common to all slots costs no digits; and the
     # variance in its centred form, because E[m^2] - E[m]^2 would cancel.
     newest = slots.mean[0]
     mean = newest + (weights * (slots.mean - newest[None])).sum(0)
-    var = (weights * (slots.var + abs_sq(slots.mean - mean[None]))).sum(0)
-    filled = weights.sum(0) > 0
+    spread = jnp.where(used, abs_sq(slots.mean - mean[None]), jnp.zeros_like(slots.var))
+    var = (weights * (slots.var + spread)).sum(0)
+    filled = used.any(0)
     mean = jnp.where(filled, mean, jnp.zeros_like(mean))
     return mean, jnp.where(filled, var, jnp.ones_like(var))
 
@@ -226,7 +233,8 @@ def pool(slots: Moments, weights: Array) -> tuple[Array, Array]:
 def push(slots: Moments, moments: Moments) -> Moments:
     """Puts a batch's moments in front of the memory and drops the oldest slot.
 
-    A feature of which the batch had no element (`count` 0) keeps its memory as it was.
+    A feature of which the batch had no element (`count` 0), or whose moments are not finite, keeps
+    its memory as it was: one bad batch must not blind a memory of many good ones.
 
     Args:
       slots: `Moments` of shape `[k, *F]`.
@@ -239,11 +247,11 @@ def push(slots: Moments, moments: Moments) -> Moments:
     >>> push(empty, Moments(jnp.array(5.0), jnp.array(2.0), jnp.array(8.0))).mean.tolist()
     [5.0, 0.0]
     """
-    seen = moments.count[None] > 0
+    usable = (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
 
     def shift(slot: Array, new: Array) -> Array:
         shifted = jnp.concatenate([new[None].astype(slot.dtype), slot[:-1]])
-        return jnp.where(seen, shifted, slot)
+        return jnp.where(usable[None], shifted, slot)
 
     return Moments(*map(shift, slots, moments))
 

@@ -1,23 +1,22 @@
 """The training run: from a configuration and a folder to a trained network and its curves."""
 
-import json
 import pathlib
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from mbn_jax.checkpoints import Checkpoints
-from mbn_jax.config import steps_per_epoch
+from mbn_jax.config import steps_per_epoch, validate_devices
 from mbn_jax.datasets.pipeline import training_batches
 from mbn_jax.diagnostics import memory_distance
 from mbn_jax.double_forward import TrainState
-from mbn_jax.errors import UserError
-from mbn_jax.evaluation import Evaluator, device_data
-from mbn_jax.experiment import Experiment
+from mbn_jax.evaluation import Evaluator
+from mbn_jax.experiment import Experiment, device_data
 from mbn_jax.parallel import (
     distribute,
     first_device,
@@ -26,26 +25,27 @@ from mbn_jax.parallel import (
     replicate,
     split_over_devices,
 )
-from mbn_jax.reporting import Reporter, SilentReporter, draw_curves, read_metrics
+from mbn_jax.reporting import Reporter, draw_curves, read_metrics
+from mbn_jax.workdir import CHECKPOINTS, CONFIG, open_workdir, save_config
 
-CONFIG = "config.json"
-CHECKPOINTS = "checkpoints"
+DISPATCHES_IN_FLIGHT = 8
 
 
-class NonFiniteLossError(UserError):
+class DivergenceError(Exception):
     """Training diverged.
 
     Attributes:
-      step: the first step whose loss was not finite.
+      step: the first step known to be affected.
     """
 
-    def __init__(self, step: int, loss: float, learning_rate: float):
-        """Names the step and what the rate was."""
-        super().__init__(
-            f"The loss of step {step} is {loss} at learning rate {learning_rate:.4g}; training "
-            "stopped. Lower optimizer.learning_rate, or set gradient_clip_norm."
-        )
+    def __init__(self, message: str, step: int):
+        """Keeps both, so that the error survives a process boundary."""
+        super().__init__(message, step)
         self.step = step
+
+    def __str__(self) -> str:
+        """Returns the message."""
+        return self.args[0]
 
 
 def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, float]:
@@ -60,13 +60,15 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, float]:
 
     Raises:
       UserError: for a configuration or data that cannot work, or a workdir of another config.
-      NonFiniteLossError: if training diverges.
+      DivergenceError: if training diverges.
     """
     workdir = pathlib.Path(workdir)
-    open_workdir(config, workdir)
-    with first_host_first():  # One prepares the data for all.
+    validate_devices(config, jax.device_count())
+    is_first = jax.process_index() == 0
+    with first_host_first():  # One prepares folder and data for all.
+        open_workdir(config, workdir)
         experiment = Experiment.build(config)
-        if jax.process_index() == 0:
+        if is_first and not (workdir / CONFIG).exists():
             save_config(config, workdir)
 
     checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=config.keep_checkpoints)
@@ -76,8 +78,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, float]:
     checkpoints.discard_damaged()
     state = replicate(fresh) if restored is None else restored
     first_step = int(state.step[0])
-    make_reporter = Reporter if jax.process_index() == 0 else SilentReporter
-    reporter = make_reporter(workdir, first_step=first_step, total_steps=experiment.total_steps)
+    reporter = Reporter(
+        workdir, first_step=first_step, total_steps=experiment.total_steps, silent=not is_first
+    )
     if first_step:
         reporter.say(f"resumed from the checkpoint of step {first_step}")
     try:
@@ -86,8 +89,9 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, float]:
     finally:
         reporter.close()
         checkpoints.close()
-    if jax.process_index() == 0:
-        draw_curves(workdir, run_title(config))
+    with first_host_first():
+        if is_first:
+            draw_curves(workdir, run_title(config))
     return last_values(workdir)
 
 
@@ -127,6 +131,9 @@ def _run(experiment: Experiment, state: TrainState, reporter: Reporter) -> Itera
             state, metrics = dispatch(state, data, batch)
         pending.append(metrics)
         step += size
+        if len(pending) > DISPATCHES_IN_FLIGHT:
+            # Not the newest: the device stays busy, and batches do not pile up on it.
+            jax.block_until_ready(pending[-DISPATCHES_IN_FLIGHT])
 
         last = step == total_steps
         evaluates = last or step % eval_every == 0
@@ -140,6 +147,7 @@ def _run(experiment: Experiment, state: TrainState, reporter: Reporter) -> Itera
         reporter.progress(step, values)
         if evaluates:
             values |= {f"test_{name}": value for name, value in evaluate(state).items()}
+            _check_finite(values["test_loss"], "test loss after", step, experiment)
             reporter.say(
                 f"step {step}/{total_steps}  test loss {values['test_loss']:.4f}  "
                 f"test error {values['test_error']:.2%}"
@@ -148,6 +156,9 @@ def _run(experiment: Experiment, state: TrainState, reporter: Reporter) -> Itera
                 reporter.write(step, _distances(state, config), only_events=True)
         reporter.write(step, values)
         if saves:
+            # The loss told of the parameters before the last update only.
+            total = sum(float(jnp.sum(x[0])) for x in jax.tree.leaves(state.params))
+            _check_finite(total, "sum of the parameters after", step, experiment)
             yield state
         clock = time.monotonic()
 
@@ -156,15 +167,24 @@ def _summarize(pending: list[Any], step: int, experiment: Experiment) -> dict[st
     """Averages the metrics of the steps since the last record, and checks that they are finite."""
     host = [first_device(metrics) for metrics in jax.device_get(pending)]
     losses = np.concatenate([metrics["loss"] for metrics in host])
-    if not np.isfinite(losses).all():
-        bad = int(np.argmin(np.isfinite(losses)))
-        at = step - len(losses) + bad
-        raise NonFiniteLossError(at + 1, losses[bad], float(experiment.schedule(at)))
+    for at, loss in enumerate(losses, start=step - len(losses) + 1):
+        _check_finite(loss, "loss of", at, experiment)
     values = {
         f"train_{name}": float(np.mean(np.concatenate([metrics[name] for metrics in host])))
         for name in host[0]
     }
     return values | {"learning_rate": float(experiment.schedule(step - 1))}
+
+
+def _check_finite(value: float, what: str, step: int, experiment: Experiment) -> None:
+    """Raises DivergenceError, naming the step and its learning rate."""
+    if not np.isfinite(value):
+        rate = float(experiment.schedule(step - 1))
+        raise DivergenceError(
+            f"The {what} step {step} is {value}, at learning rate {rate:.4g}; training stopped. "
+            "Lower optimizer.learning_rate, or set gradient_clip_norm.",
+            step,
+        )
 
 
 def _distances(state: TrainState, config: ConfigDict) -> dict[str, float]:
@@ -185,54 +205,8 @@ def run_title(config: ConfigDict) -> str:
 
 
 def last_values(workdir: pathlib.Path) -> dict[str, float]:
-    """Returns the last training and test values on record."""
+    """Returns the last training and test values on record; empty where there is no record."""
     values: dict[str, float] = {}
     for record in read_metrics(workdir):
-        values |= {k: v for k, v in record.items() if k == "step" or k[:5] in ("train", "test_")}
+        values |= {k: v for k, v in record.items() if k.startswith(("step", "train_", "test_"))}
     return values
-
-
-def open_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Makes `workdir`; raises UserError where it is a run of another config, naming the fields."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _cannot_write(workdir, error) from error
-    try:
-        saved = load_config(workdir)
-    except FileNotFoundError:
-        return
-    before, now = _fields(saved), _fields(config)
-    differing = sorted(k for k in before | now if before.get(k) != now.get(k))
-    if differing:
-        changes = ", ".join(f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in differing)
-        raise UserError(
-            f"{workdir} is a run of another config ({changes}); use another --workdir, or the "
-            "config it was started with."
-        )
-
-
-def save_config(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Writes the resolved configuration as `config.json`."""
-    try:
-        (workdir / CONFIG).write_text(config.to_json(indent=1) + "\n")
-    except OSError as error:
-        raise _cannot_write(workdir, error) from error
-
-
-def _cannot_write(workdir: pathlib.Path, error: OSError) -> UserError:
-    return UserError(f"Cannot write to --workdir={workdir}: {error.strerror}.")
-
-
-def load_config(workdir: pathlib.Path) -> ConfigDict:
-    """Reads the configuration of a run."""
-    return ConfigDict(json.loads((workdir / CONFIG).read_text()))
-
-
-def _fields(config: ConfigDict) -> dict[str, Any]:
-    """Returns the leaves by dotted name, as JSON keeps them."""
-    plain = json.loads(config.to_json())
-    paths, _ = jax.tree_util.tree_flatten_with_path(
-        plain, is_leaf=lambda x: not isinstance(x, dict)
-    )
-    return {".".join(key.key for key in path): value for path, value in paths}

@@ -138,13 +138,14 @@ def test_augmentation_depends_on_step_and_position_alone(train):
     ("name", "split", "options", "message"),
     [
         ("digit", "train", {}, "TFDS has no data set 'digit'. Did you mean 'digits'"),
-        ("cifar10", "train", {}, r"'cifar10' is not prepared in .*mbn-jax\[prepare\].*tfds build"),
+        ("cifar10", "train", {}, r"'cifar10' is not prepared in .*\[prepare\].*tfds build"),
         (
             "digits",
             "valid",
             {},
             r"'digits' has no examples in split 'valid'; its splits are \['test', 'train'\]",
         ),
+        ("digits:9.9.9", "train", {}, "Data set 'digits:9.9.9' cannot be opened"),
         ("digits", "test[:0]", {}, r"'digits' has no examples in split 'test\[:0\]'"),
     ],
 )

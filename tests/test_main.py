@@ -19,7 +19,10 @@ DIGITS = str(ROOT / "configs" / "digits.py")
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["--config.norm.memry_size=8"], 'no field .*Did you mean "memory_size"'),
+        (["--config.norm.memry_size=8"], "no field norm.memry_size; did you mean norm.memory_size"),
+        (["--config.nrm.decay=1"], "no field nrm.decay; did you mean norm"),
+        (["--config.batch_size.x=1"], "no field batch_size.x"),
+        (["--config.norm=batch"], "norm is a group; set one of its fields: .*norm.name"),
         (["--config.norm.memory_size=many"], "norm.memory_size=many"),
         (["--config.norm.memory_size=1.5"], "norm.memory_size=1.5"),
         (["--config.norm.memory_size=0"], "norm.memory_size must be 1 or more, got 0"),
@@ -35,6 +38,14 @@ DIGITS = str(ROOT / "configs" / "digits.py")
         (["--config.batch_size=12"], "divisible by the 8 devices, got 12"),
         (["--config.batch_size=1440"], "at most the 1437 examples of split 'train'"),
         (["--config.norm.sync=group", "--config.norm.sync_group_size=3"], "must divide the 8"),
+        (["--config.model.features=(0,)"], r"model.features must be whole .* got \(0,\)"),
+        (["--config.model.features=()"], "model.features must be whole numbers of 1 or more"),
+        (["--config.norm.memory_size=99999999999"], "norm.memory_size must be at most 65536"),
+        (["--config.schedule.warmup_epochs=9"], "must be below num_epochs=8.0, got 9.0"),
+        (
+            ["--config.schedule.name=step", "--config.schedule.step_epochs=(3.0,9.0)"],
+            "schedule.step_epochs must rise .* got .3.0, 9.0.",
+        ),
         (["--config.num_epochs=0"], "num_epochs must be more than 0, got 0.0"),
         (["--config.num_epochs=nan"], "num_epochs must be more than 0, got nan"),
         (["--config.num_epochs=0.001"], "less than one step"),
@@ -81,6 +92,22 @@ def test_a_broken_config_file_is_named(tmp_path):
     broken.write_text("def get_config():\n  return 1 / 0\n")
     with pytest.raises(UserError, match=r"broken\.py failed: ZeroDivisionError"):
         parse_config(str(broken))
+
+
+def test_a_config_file_with_a_misspelt_field_is_refused(tmp_path):
+    misspelt = tmp_path / "misspelt.py"
+    misspelt.write_text(
+        "from mbn_jax.config import default_config\n"
+        "def get_config():\n  config = default_config()\n  config.batchsize = 2\n  return config\n"
+    )
+    with pytest.raises(UserError, match=r"misspelt\.py failed: AttributeError: .*batch_size"):
+        parse_config(str(misspelt))
+
+
+def test_a_damaged_config_in_the_workdir(tmp_path):
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match=r"config\.json is damaged"):
+        eval_command([f"--workdir={tmp_path}"])
 
 
 def test_a_workdir_that_cannot_be_written(tmp_path, data_dir):

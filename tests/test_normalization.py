@@ -865,3 +865,37 @@ def test_inputs_that_do_not_fit_are_refused(options, shape, dtype, message, use_
     layer = memorized(use_running_average=use_running_average, **options)
     with pytest.raises(ValueError, match=message):
         train(layer, variables, jnp.ones(shape, dtype))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_batch_that_is_not_finite_leaves_the_memory_as_it_was(bad, fast):
+    layer = MemorizedBatchNorm(
+        memory_size=2, use_running_average=False, use_fast_variance=fast, memory_capacity=4
+    )
+    x = normal(3, 8, 5)
+    variables = layer.init(jax.random.key(0), x[0])
+    _, before = train(layer, variables, x[0])
+    _, after = train(layer, before, x[1].at[0, 0].set(bad))
+    close(
+        after["batch_stats"]["mean"][:, 1:] != before["batch_stats"]["mean"][:, 1:],
+        [[1] * 4] * 2 + [[0] * 4] * 2,
+    )
+    equal(after["batch_stats"]["mean"][:, 0], before["batch_stats"]["mean"][:, 0])
+    y, _ = train(layer, after, x[2])
+    assert np.isfinite(y).all()
+
+
+def test_what_is_in_an_unused_slot_does_not_matter():
+    layer = MemorizedBatchNorm(memory_size=1, memory_capacity=3, use_running_average=False)
+    x = normal(2, 8, 5)
+    variables = layer.init(jax.random.key(0), x[0])
+    _, variables = train(layer, variables, x[0])
+    stats = variables["batch_stats"]
+    poisoned = stats | {
+        "mean": stats["mean"].at[1:].set(jnp.nan),
+        "count": stats["count"].at[1:].set(8.0),
+    }
+    expected, _ = train(layer, variables, x[1])
+    y, _ = train(layer, variables | {"batch_stats": poisoned}, x[1])
+    equal(y, expected)

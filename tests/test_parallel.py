@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from mbn_jax import MemorizedBatchNorm, TrainState, make_train_step
 from mbn_jax.parallel import (
@@ -111,6 +113,17 @@ def test_local_statistics_of_every_device_survive_and_pool_to_those_of_the_whole
     # The mean of variances, by contrast, misses the spread between devices.
     averaged = np.asarray(memory["var"])[:, 0].mean(0)
     assert (averaged < 0.99 * activations.var(0)).any()
+
+
+def test_shard_map_with_its_check_is_refused():
+    model, tx = Net(nn.BatchNorm), optax.sgd(0.1)
+    step = make_train_step(model.apply, tx, loss_fn, axis_name=AXIS_NAME)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 5)), train=False)
+    state = TrainState.create(variables, tx, jax.random.key(1))
+    mesh = Mesh(np.array(jax.devices()), (AXIS_NAME,))
+    specs = {"mesh": mesh, "in_specs": (P(), P(AXIS_NAME)), "out_specs": P()}
+    with pytest.raises(ValueError, match="check_vma=False only"):
+        jax.shard_map(step, **specs)(state, batch_of(32))
 
 
 def test_groups_of_devices_share_statistics():

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import pickle
 import subprocess
 import sys
 
@@ -14,11 +15,12 @@ import pytest
 from mbn_jax.checkpoints import Checkpoints
 from mbn_jax.config import default_config
 from mbn_jax.errors import UserError
-from mbn_jax.evaluate_run import evaluate_run
+from mbn_jax.evaluation import evaluate_run
 from mbn_jax.experiment import Experiment
 from mbn_jax.parallel import map_over_devices, pool_over_devices, replicate
 from mbn_jax.reporting import read_metrics
-from mbn_jax.train import CHECKPOINTS, NonFiniteLossError, train
+from mbn_jax.train import DivergenceError, train
+from mbn_jax.workdir import CHECKPOINTS
 
 TIMES = {"images_per_second"}
 
@@ -207,12 +209,27 @@ def test_other_norms_and_the_other_runtime(config, tmp_path, norm, runtime):
 def test_divergence_stops_the_run_and_names_the_step(config, tmp_path):
     config.norm.name = "none"
     config.optimizer.learning_rate = 1e12
-    with pytest.raises(
-        NonFiniteLossError, match=r"The loss of step \d+ is .* at learning rate"
-    ) as e:
+    with pytest.raises(DivergenceError, match=r"The loss of step \d+ is .* at learning rate") as e:
         train(config, tmp_path)
     assert 1 < e.value.step <= 12
     assert all(np.isfinite(r["train_loss"]) for r in records(tmp_path))
+
+
+def test_divergence_in_the_last_step_is_noticed(config, tmp_path):
+    config.num_epochs = 0.03  # One step: its loss is from before the update.
+    config.optimizer.learning_rate = 1e38
+    with pytest.raises(DivergenceError, match="after step 1 is") as error:
+        train(config, tmp_path)
+    assert error.value.step == 1
+    assert pickle.loads(pickle.dumps(error.value)).step == 1
+    assert not list((tmp_path / CHECKPOINTS).glob("[0-9]*"))
+
+
+def test_a_run_without_its_records_says_how_to_evaluate_it(config, tmp_path):
+    config.num_epochs = 0.1
+    train(config, tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    assert train(config, tmp_path) == {}
 
 
 def test_a_workdir_of_another_config_is_refused(config, tmp_path):

@@ -103,9 +103,10 @@ def load_split(
     height, width, channels = features[image_key].shape
     if image_size:
         height = width = image_size
-    if None in (height, width):
+    if None in (height, width, channels):
         raise UserError(
-            f"Data set {name!r} has images of varying size; set dataset.image_size to resize them."
+            f"Data set {name!r} has images of varying shape {(height, width, channels)}; set "
+            "dataset.image_size to resize them (the channels must be fixed)."
         )
     loaded = Split(
         name=split,
@@ -145,23 +146,36 @@ def _prepared_builder(name: str, data_dir: str | None):
     logging.getLogger("absl").addFilter(_is_worth_reading)
     tfds = importlib.import_module("tensorflow_datasets")
     importlib.import_module("mbn_jax.datasets.digits")  # Registers it.
+    build = f"`tfds build {name} --file_format=array_record"
+    build += f" --data_dir={data_dir}`" if data_dir else "`"
+
+    def find():
+        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+
     try:
-        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        builder = find()
+        if name == "digits" and not builder.is_prepared():
+            tfds.disable_progress_bar()
+            try:
+                builder.download_and_prepare()
+            except FileExistsError:  # Another process was faster.
+                builder = find()
     except tfds.core.DatasetNotFoundError as error:
-        close = difflib.get_close_matches(
-            name, tfds.list_builders(with_community_datasets=False), n=3
-        )
+        known = tfds.list_builders(with_community_datasets=False)
+        close = difflib.get_close_matches(name, known, n=3)
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise UserError(f"TFDS has no data set {name!r}.{hint}") from error
-    if name == "digits" and not builder.is_prepared():
-        tfds.disable_progress_bar()
-        builder.download_and_prepare()
+    except (ValueError, AssertionError, ImportError, OSError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise UserError(
+            f"Data set {name!r} cannot be opened ({reason}); it is read from array_record files, "
+            f"as {build} writes them."
+        ) from error
     if not builder.is_prepared():
         raise UserError(
-            f"Data set {name!r} is not prepared in {builder.data_dir}; prepare it once with `pip "
-            f"install 'mbn-jax[prepare]' && tfds build {name} --file_format=array_record"
-            f"{f' --data_dir={data_dir}' if data_dir else ''}`, or set dataset.data_dir to where "
-            "it is."
+            f"Data set {name!r} is not prepared in {builder.data_dir}; prepare it once, where "
+            f"TensorFlow is installed (`pip install '.[prepare]'`), with {build}, or set "
+            "dataset.data_dir to where it is."
         )
     return builder
 

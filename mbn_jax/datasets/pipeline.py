@@ -4,6 +4,7 @@ The order and every random draw are functions of (seed, step, position in the gl
 so a run is the same on one host or many, and a resumed run goes on as if never stopped.
 """
 
+import os
 from collections.abc import Iterator
 
 import grain
@@ -51,7 +52,10 @@ def training_batches(
 
     order = grain.MapDataset.range(len(split)).seed(seed).shuffle().repeat()
     batches = order.batch(batch_size, drop_remainder=True).slice(slice(first_step, num_steps))
-    return iter(batches.map(load).to_iter_dataset())
+    # Whole batches are read ahead: few of them, because they may be large.
+    threads = os.cpu_count() or 1
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    return iter(batches.map(load).to_iter_dataset(options))
 
 
 def evaluation_batches(
@@ -107,7 +111,7 @@ def standardize(images: jax.Array, mean: np.ndarray, std: np.ndarray) -> jax.Arr
 
 
 def augment(images: jax.Array, keys: jax.Array, *, crop_padding: int, flip: bool) -> jax.Array:
-    """Shifts each image by up to `crop_padding` pixels (filled with 0) and flips every other one.
+    """Shifts each image by up to `crop_padding` pixels (filled with 0) and flips half of them.
 
     Args:
       images: `[batch, height, width, channels]`, standardized, so that 0 is the mean.

@@ -1,0 +1,63 @@
+"""The folder of a run, and the configuration that it belongs to."""
+
+import json
+import os
+import pathlib
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from mbn_jax.errors import UserError
+
+CONFIG = "config.json"
+CHECKPOINTS = "checkpoints"
+
+
+def open_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Makes `workdir`; raises UserError where it is a run of another config, naming the fields."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(workdir, error) from error
+    if not (workdir / CONFIG).exists():
+        return
+    before, now = _fields(load_config(workdir)), _fields(config)
+    differing = sorted(k for k in before | now if before.get(k) != now.get(k))
+    if differing:
+        changes = ", ".join(f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in differing)
+        raise UserError(
+            f"{workdir} is a run of another config ({changes}); use another --workdir, or the "
+            "config it was started with."
+        )
+
+
+def save_config(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Writes the resolved configuration as `config.json`, whole or not at all."""
+    temporary = workdir / f"{CONFIG}.new"
+    try:
+        temporary.write_text(config.to_json(indent=1) + "\n")
+        os.replace(temporary, workdir / CONFIG)
+    except OSError as error:
+        raise _cannot_write(workdir, error) from error
+
+
+def load_config(workdir: pathlib.Path) -> ConfigDict:
+    """Reads the configuration of a run; raises UserError where there is none."""
+    try:
+        return ConfigDict(json.loads((workdir / CONFIG).read_text()))
+    except OSError as error:
+        raise UserError(f"{workdir} is not the folder of a run: it has no {CONFIG}.") from error
+    except ValueError as error:
+        raise UserError(f"{workdir / CONFIG} is damaged: {error}.") from error
+
+
+def _cannot_write(workdir: pathlib.Path, error: OSError) -> UserError:
+    return UserError(f"Cannot write to --workdir={workdir}: {error.strerror}.")
+
+
+def _fields(config: ConfigDict) -> dict[str, Any]:
+    """Returns the leaves by dotted name, as JSON keeps them."""
+    plain = json.loads(config.to_json())
+    leaves = jax.tree.leaves_with_path(plain, is_leaf=lambda x: not isinstance(x, dict))
+    return {".".join(key.key for key in path): value for path, value in leaves}
