@@ -142,7 +142,7 @@ def make_train_step(
         raise ValueError(f"double_forward must be one of {DOUBLE_FORWARD}, got {double_forward!r}.")
 
     def train_step(state: TrainState, batch: PyTree):
-        if any(getattr(jax.typeof(x), "vma", None) for x in jax.tree.leaves(batch)):
+        if any(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(batch)):
             raise ValueError(
                 "The step runs under jax.shard_map with check_vma=False only: with its check, "
                 "gradients averaged by lax.pmean come out multiplied by the number of devices."

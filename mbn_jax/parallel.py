@@ -133,7 +133,8 @@ def first_host_first() -> Iterator[None]:
 def split_over_devices(batch: PyTree, *, axis: int = 0) -> PyTree:
     """Moves the batch `axis` of host arrays into `[devices, ..., batch / devices, ...]`.
 
-    >>> split_over_devices({'index': np.arange(4)})['index'].shape[0] == jax.local_device_count()
+    >>> devices = jax.local_device_count()
+    >>> split_over_devices({'index': np.arange(2 * devices)})['index'].shape == (devices, 2)
     True
     """
     devices = jax.local_device_count()

@@ -102,14 +102,19 @@ def _sound_records(workdir: pathlib.Path) -> list[dict[str, float]]:
     return [json.loads(line) for line in lines]
 
 
-def draw_curves(workdir: pathlib.Path, title: str) -> pathlib.Path:
-    """Draws loss and error of training and test over the steps into `curves.png`."""
+def draw_curves(workdir: pathlib.Path, title: str) -> None:
+    """Draws loss and error of training and test over the steps into `curves.png`.
+
+    Without a record there is nothing to draw, and no file.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
     records = read_metrics(workdir)
+    if not records:
+        return
     figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
     for panel, metric, scale, label in zip(
         panels, ("loss", "error"), (1, 100), ("loss", "error (%)"), strict=True
@@ -128,4 +133,3 @@ def draw_curves(workdir: pathlib.Path, title: str) -> pathlib.Path:
     figure.suptitle(title, fontsize=10)
     figure.savefig(workdir / CURVES, dpi=120)
     plt.close(figure)
-    return workdir / CURVES

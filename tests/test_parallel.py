@@ -123,7 +123,7 @@ def test_shard_map_with_its_check_is_refused():
     mesh = Mesh(np.array(jax.devices()), (AXIS_NAME,))
     specs = {"mesh": mesh, "in_specs": (P(), P(AXIS_NAME)), "out_specs": P()}
     with pytest.raises(ValueError, match="check_vma=False only"):
-        jax.shard_map(step, **specs)(state, batch_of(32))
+        jax.jit(jax.shard_map(step, **specs))(state, batch_of(32))
 
 
 def test_groups_of_devices_share_statistics():
