@@ -8,6 +8,7 @@ import runpy
 import sys
 from collections.abc import Callable, Sequence
 
+import jax
 from absl import flags, logging
 from ml_collections import ConfigDict, config_flags
 
@@ -41,6 +42,15 @@ Exit status: 0 done, {USER_MISTAKE} a mistake in the input, {DIVERGED} the loss 
     parser.add_argument(
         "--config.FIELD", metavar="VALUE", dest="field", help="sets a field of the config"
     )
+    hosts = parser.add_argument_group(
+        "several hosts", "The same command on each, with a --workdir that all of them see."
+    )
+    hosts.add_argument(
+        "--distributed", action="store_true", help="find the others by the cluster: TPU pod, SLURM"
+    )
+    hosts.add_argument("--coordinator_address", help="or name the first one, HOST:PORT,")
+    hosts.add_argument("--num_processes", type=int, help="how many there are,")
+    hosts.add_argument("--process_id", type=int, help="and which one this is, from 0")
     args, overrides = parser.parse_known_args(argv)
     if not args.config:
         raise UserError(f"--config is missing; one that works: {EXAMPLE}")
@@ -49,6 +59,7 @@ Exit status: 0 done, {USER_MISTAKE} a mistake in the input, {DIVERGED} the loss 
             f"--workdir is missing, the folder for what the run writes; for example: {EXAMPLE}"
         )
     config = parse_config(args.config, overrides)
+    join_hosts(args.distributed, args.coordinator_address, args.num_processes, args.process_id)
 
     from mbn_jax.train import DivergenceError, run_title, train  # Slow to import: TFDS, Orbax.
 
@@ -62,10 +73,12 @@ Exit status: 0 done, {USER_MISTAKE} a mistake in the input, {DIVERGED} the loss 
             f"{args.workdir} is a finished run without its metrics.jsonl; evaluate it with "
             f"mbn-eval --workdir={args.workdir}"
         )
-    print(
-        f"{run_title(config)}: test error {values['test_error']:.2%}, test loss "
-        f"{values['test_loss']:.4f} after {values['step']} steps; see {args.workdir}/curves.png"
-    )
+    if jax.process_index() == 0:
+        print(
+            f"{run_title(config)}: test error {values['test_error']:.2%}, test loss "
+            f"{values['test_loss']:.4f} after {values['step']} steps; see "
+            f"{args.workdir}/curves.png"
+        )
     return 0
 
 
@@ -86,6 +99,33 @@ def eval_command(argv: Sequence[str]) -> int:
 
     print(json.dumps(evaluate_run(pathlib.Path(args.workdir), args.split)))
     return 0
+
+
+def join_hosts(
+    distributed: bool,
+    coordinator_address: str | None,
+    num_processes: int | None,
+    process_id: int | None,
+) -> None:
+    """Joins the other hosts of a run, where flags say that there are any.
+
+    Raises:
+      UserError: for half an answer, or where no cluster is found.
+    """
+    named = (coordinator_address, num_processes, process_id)
+    if all(value is None for value in named) and not distributed:
+        return
+    if distributed and any(value is not None for value in named):
+        raise UserError("--distributed finds the other hosts itself; leave out the other flags.")
+    if not distributed and any(value is None for value in named):
+        raise UserError(
+            "--coordinator_address, --num_processes and --process_id go together; give all three, "
+            "or --distributed on a cluster."
+        )
+    try:
+        jax.distributed.initialize(*named)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"cannot join the other hosts: {' '.join(str(error).split())}") from error
 
 
 def parse_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:

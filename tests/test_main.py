@@ -80,6 +80,12 @@ def test_mistakes_in_the_config(overrides, message, data_dir, tmp_path, monkeypa
         ([], "--config is missing; one that works: mbn-train --config=configs/digits.py"),
         ([f"--config={DIGITS}"], "--workdir is missing"),
         (["--config=nowhere.py", "--workdir=w"], "there is no config file nowhere.py"),
+        ([f"--config={DIGITS}", "--workdir=w", "--process_id=1"], "go together; give all three"),
+        (
+            [f"--config={DIGITS}", "--workdir=w", "--process_id=1", "--distributed"],
+            "--distributed finds the other hosts itself",
+        ),
+        ([f"--config={DIGITS}", "--workdir=w", "--distributed"], "cannot join the other hosts"),
     ],
 )
 def test_missing_arguments(argv, message):
