@@ -126,8 +126,9 @@ def _run(experiment: Experiment, state: TrainState, reporter: Reporter) -> Itera
         stack = [next(batches) for _ in range(size)]
         batch = {key: np.stack([one[key] for one in stack]) for key in stack[0]}
         batch = distribute(split_over_devices(batch, axis=1))
-        # Nothing in the loop may wait for the device or copy to it unseen.
-        with jax.transfer_guard("disallow"):
+        # Nothing in the loop may wait for the device or copy to it unseen. (Over several hosts
+        # pmap itself copies the random keys.)
+        with jax.transfer_guard("disallow" if jax.process_count() == 1 else "allow"):
             state, metrics = dispatch(state, data, batch)
         pending.append(metrics)
         step += size
