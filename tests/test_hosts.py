@@ -34,7 +34,7 @@ def write_config(data_dir, path, **fields):
     )
 
 
-def run(config, workdir, processes, devices, limit=None):
+def run(config, workdir, processes, devices):
     """Trains on so many processes with so many devices each; returns the records without times."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -63,8 +63,7 @@ def run(config, workdir, processes, devices, limit=None):
     ]
 
 
-@pytest.mark.parametrize("sync", ["sync", "local"])
-@pytest.mark.parametrize("runtime", ["pmap", "shard_map"])
+@pytest.mark.parametrize(("runtime", "sync"), [("pmap", "local"), ("shard_map", "sync")])
 def test_two_hosts_of_two_devices_equal_one_of_four(data_dir, tmp_path, sync, runtime):
     write_config(data_dir, tmp_path / "config.py", **{"norm.sync": sync, "runtime": runtime})
     one = run(tmp_path / "config.py", tmp_path / "one", processes=1, devices=4)
@@ -72,7 +71,7 @@ def test_two_hosts_of_two_devices_equal_one_of_four(data_dir, tmp_path, sync, ru
     assert [record["step"] for record in one] == [3, 6, 9, 12]
     assert len(one) == len(two)
     for a, b in zip(one, two, strict=True):
-        # The collectives between processes add in another order: float32, twelve steps.
+        # Collectives between processes add in another order: float32, twelve steps.
         assert a == pytest.approx(b, rel=1e-3)
     checkpoints = sorted(path.name for path in (tmp_path / "two" / "checkpoints").glob("[0-9]*"))
     assert checkpoints == ["12", "6"]
