@@ -17,6 +17,7 @@ import numpy as np
 import optax
 
 from mbn_jax import MemorizedBatchNorm, TrainState, make_train_step
+from mbn_jax.experiment import classification_loss
 from mbn_jax.models.convnet import ConvNet
 from mbn_jax.statistics import batch_moments, first_element
 
@@ -63,14 +64,9 @@ def step_cost(norm) -> dict[str, float]:
     tx = optax.sgd(0.1, momentum=0.9)
     batch = {"image": jnp.zeros((128, 32, 32, 3)), "label": jnp.zeros(128, jnp.int32)}
 
-    def loss_fn(apply, batch):
-        logits, updates = apply(batch["image"], train=True)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"])
-        return loss.mean(), ({}, updates)
-
     variables = model.init(jax.random.key(0), batch["image"], train=False)
     state = TrainState.create(variables, tx, jax.random.key(1))
-    step = make_train_step(model.apply, tx, loss_fn, double_forward="off")
+    step = make_train_step(model.apply, tx, classification_loss, double_forward="off")
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
     cost = compiled.cost_analysis()
     return {"flops": cost["flops"], "bytes": cost["bytes accessed"]}

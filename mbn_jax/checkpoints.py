@@ -4,6 +4,7 @@ Orbax restores an array file with a flipped bit without complaint, so every file
 beside it. A checkpoint that is unfinished or does not match is named aloud and skipped.
 """
 
+import functools
 import hashlib
 import json
 import pathlib
@@ -38,7 +39,6 @@ class Checkpoints:
     def __init__(self, folder: pathlib.Path, *, keep: int | None = None):
         """Opens `folder` (made where it is missing), keeping the newest `keep` checkpoints."""
         self._folder = folder.absolute()
-        self._reported: set[int] = set()
         self._keep = keep
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -87,10 +87,9 @@ class Checkpoints:
         Returns:
           Arrays `[devices, ...]`, or None where there is no sound checkpoint.
         """
-        sound = self._sound_steps()
-        if not sound:
+        if not self._sound_steps:
             return None
-        restored, stats = self._read(max(sound), state)
+        restored, stats = self._read(max(self._sound_steps), state)
         on_devices = replicate(restored.replace(batch_stats={}))
         groups = {len(x) for x in jax.tree.leaves(stats)}
         if not local_statistics or groups != {jax.device_count()}:
@@ -102,19 +101,19 @@ class Checkpoints:
 
     def discard_damaged(self) -> None:
         """Deletes checkpoints that are not sound, so that the run can write these steps again."""
-        for step in set(self._manager.all_steps()) - set(self._sound_steps()):
+        for step in set(self._manager.all_steps()) - set(self._sound_steps):
             self._manager.delete(step)
 
+    @functools.cached_property
     def _sound_steps(self) -> list[int]:
-        """Returns the steps with a sound checkpoint, as the first host finds them."""
+        """Steps that had a sound checkpoint when first asked, as the first host finds them."""
         steps = sorted(self._manager.all_steps())
         sound = np.zeros(len(steps), bool)
         if jax.process_index() == 0:
             damage = [_damage(self._folder / str(step)) for step in steps]
             for step, reason in zip(steps, damage, strict=True):
-                if reason and step not in self._reported:
+                if reason:
                     logging.warning("Skipped the checkpoint of step %d: %s.", step, reason)
-                    self._reported.add(step)
             sound = np.array([reason is None for reason in damage], bool)
         return [step for step, is_sound in zip(steps, agree(sound), strict=True) if is_sound]
 

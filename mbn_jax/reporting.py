@@ -14,11 +14,16 @@ CURVES = "curves.png"
 
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
-    """Reads the records of a run, oldest first; `[]` where there are none."""
+    """Reads the records of a run, oldest first; `[]` where there are none.
+
+    A last line that a kill cut short is no record.
+    """
     try:
-        lines = (workdir / METRICS).read_text().splitlines()
+        lines = (workdir / METRICS).read_text().splitlines(keepends=True)
     except FileNotFoundError:
         return []
+    if lines and not lines[-1].endswith("\n"):
+        lines.pop()
     return [json.loads(line) for line in lines]
 
 
@@ -40,7 +45,7 @@ class Reporter:
         self._begin = time.monotonic()
         self._is_terminal = sys.stderr.isatty()
         self._line_is_open = False
-        kept = [r for r in _sound_records(workdir) if r["step"] <= first_step]
+        kept = [r for r in read_metrics(workdir) if r["step"] <= first_step]
         temporary = workdir / f"{METRICS}.new"
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
         os.replace(temporary, workdir / METRICS)
@@ -89,17 +94,6 @@ class Reporter:
             print(file=sys.stderr)
         self._metrics.close()
         self._events.close()
-
-
-def _sound_records(workdir: pathlib.Path) -> list[dict[str, float]]:
-    """Reads the records, but for a last line that a kill cut short."""
-    try:
-        lines = (workdir / METRICS).read_text().splitlines(keepends=True)
-    except FileNotFoundError:
-        return []
-    if lines and not lines[-1].endswith("\n"):
-        lines.pop()
-    return [json.loads(line) for line in lines]
 
 
 def draw_curves(workdir: pathlib.Path, title: str) -> None:

@@ -63,11 +63,11 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, float]:
       DivergenceError: if training diverges.
     """
     workdir = pathlib.Path(workdir)
-    validate_devices(config, jax.device_count())
     is_first = jax.process_index() == 0
     with first_host_first():  # One prepares folder and data for all.
         open_workdir(config, workdir)
         experiment = Experiment.build(config)
+        validate_devices(config, jax.device_count())
         if is_first and not (workdir / CONFIG).exists():
             save_config(config, workdir)
 

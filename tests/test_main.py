@@ -38,6 +38,7 @@ DIGITS = str(ROOT / "configs" / "digits.py")
         (["--config.batch_size=12"], "divisible by the 8 devices, got 12"),
         (["--config.batch_size=1440"], "at most the 1437 examples of split 'train'"),
         (["--config.norm.sync=group", "--config.norm.sync_group_size=3"], "must divide the 8"),
+        (["--config.norm.sync=group", "--config.norm.sync_group_size=0"], "must be 1 or more"),
         (["--config.model.features=(0,)"], r"model.features must be whole .* got \(0,\)"),
         (["--config.model.features=()"], "model.features must be whole numbers of 1 or more"),
         (["--config.norm.memory_size=99999999999"], "norm.memory_size must be at most 65536"),
