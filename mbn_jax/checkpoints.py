@@ -17,11 +17,13 @@ from absl import logging
 from mbn_jax.double_forward import TrainState
 from mbn_jax.errors import UserError
 from mbn_jax.parallel import (
+    Devices,
     agree,
     distribute,
     first_device,
     first_host_first,
     gather_over_hosts,
+    local_devices,
     pool_over_devices,
     replicate,
 )
@@ -76,13 +78,16 @@ class Checkpoints:
         for old in sorted(self._manager.all_steps())[: -self._keep] if self._keep else ():
             self._manager.delete(old)
 
-    def restore(self, state: TrainState, *, local_statistics: bool) -> TrainState | None:
+    def restore(
+        self, state: TrainState, *, local_statistics: bool, devices: Devices = None
+    ) -> TrainState | None:
         """Restores the newest sound checkpoint onto the devices.
 
         Args:
           state: of the same structure, without the device axis.
           local_statistics: whether devices keep statistics of their own. Where the checkpoint's
             groups are not these devices, theirs are pooled and every device starts from the pool.
+          devices: some of this host's; default: all, of all hosts.
 
         Returns:
           Arrays `[devices, ...]`, or None where there is no sound checkpoint.
@@ -90,14 +95,14 @@ class Checkpoints:
         if not self._sound_steps:
             return None
         restored, stats = self._read(max(self._sound_steps), state)
-        on_devices = replicate(restored.replace(batch_stats={}))
+        on_devices = replicate(restored.replace(batch_stats={}), devices)
         groups = {len(x) for x in jax.tree.leaves(stats)}
-        if not local_statistics or groups != {jax.device_count()}:
-            return on_devices.replace(batch_stats=replicate(_pooled(stats)))
-        first = jax.process_index() * jax.local_device_count()
-        here = slice(first, first + jax.local_device_count())
-        stats = jax.tree.map(lambda x: x[here], stats)
-        return on_devices.replace(batch_stats=distribute(stats))
+        if not local_statistics or groups != {len(devices or jax.devices())}:
+            return on_devices.replace(batch_stats=replicate(_pooled(stats), devices))
+        count = len(local_devices(devices))
+        first = 0 if devices else jax.process_index() * count
+        stats = jax.tree.map(lambda x: x[first : first + count], stats)
+        return on_devices.replace(batch_stats=distribute(stats, devices))
 
     def discard_damaged(self) -> None:
         """Deletes checkpoints that are not sound, so that the run can write these steps again."""

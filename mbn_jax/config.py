@@ -1,9 +1,13 @@
 """The configuration: its defaults, and the checks that it must pass before anything compiles."""
 
 import difflib
+import json
 import math
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from mbn_jax.double_forward import DOUBLE_FORWARD
@@ -15,6 +19,15 @@ from mbn_jax.optimizers import OPTIMIZERS, SCHEDULES
 from mbn_jax.parallel import RUNTIMES
 
 MAX_MEMORY_SIZE = 1 << 16
+
+TRACED: dict[str, type[np.int32] | type[np.float32]] = {
+    "seed": np.int32,
+    "norm.memory_size": np.int32,
+    "norm.decay": np.float32,
+    "optimizer.learning_rate": np.float32,
+    "optimizer.weight_decay": np.float32,
+}
+"""Fields that a compiled program takes as data, with their dtypes: one program for all values."""
 
 
 def default_config() -> ConfigDict:
@@ -36,6 +49,7 @@ def default_config() -> ConfigDict:
     config.dataset.image_size = 0  # Resize to this height and width; 0: as stored.
     config.dataset.crop_padding = 0  # Augmentation: pad by this much and crop at random.
     config.dataset.flip = False  # Augmentation: mirror half of the images.
+    config.dataset.classes_per_batch = 0  # Batches that see so few classes; 0: drawn from all.
     config.dataset.max_bytes_in_memory = 4 << 30  # A larger split is decoded as it is used.
 
     config.model = ConfigDict()
@@ -51,6 +65,7 @@ def default_config() -> ConfigDict:
     config.norm.sync_group_size = 1  # Devices a group, for 'group'.
     config.norm.momentum = 0.9  # Of the moving averages of 'batch'.
     config.norm.memory_size = 64
+    config.norm.memory_capacity = 0  # Slots to make room for; 0: norm.memory_size.
     config.norm.decay = 0.97
     config.norm.gradient = "auto"
     config.norm.r_max = 0.0  # Clipping of 'renorm'; 0: off.
@@ -80,6 +95,11 @@ def default_config() -> ConfigDict:
     config.eval_every_steps = 0  # 0: once an epoch.
     config.checkpoint_every_steps = 0  # 0: once an epoch.
     config.keep_checkpoints = 3
+
+    config.shift = ConfigDict()  # Measure what an update does to the statistics:
+    config.shift.every_steps = 0  # so often; 0: never.
+    config.shift.examples = 0  # Training examples that stand for the population; 0: all.
+    config.shift.layers = ""  # Norm layers by regular expression; empty: all.
     return config.lock()  # A misspelt field in a config file is an error.
 
 
@@ -92,7 +112,7 @@ def validate(config: ConfigDict) -> None:
     Raises:
       UserError: naming the first field that is impossible, what it is and what it may be.
     """
-    differing = sorted(_names(config) ^ _names(default_config()))
+    differing = sorted(set(fields(config)) ^ set(fields(default_config())))
     if differing:
         raise UserError(
             f"The config must have the fields of mbn_jax.config.default_config(), and differs in "
@@ -119,6 +139,10 @@ def validate(config: ConfigDict) -> None:
         _number(config, field, "1 or more", lambda value: value >= 1)
     for field in (
         "seed",
+        "norm.memory_capacity",
+        "dataset.classes_per_batch",
+        "shift.every_steps",
+        "shift.examples",
         "dataset.image_size",
         "dataset.crop_padding",
         "dataset.max_bytes_in_memory",
@@ -152,12 +176,34 @@ def validate(config: ConfigDict) -> None:
         )
     if norm.r_max and norm.r_max < 1:
         raise UserError(f"norm.r_max must be 1 or more (0: off), got {norm.r_max}.")
-    for field in ("log_every_steps", "eval_every_steps", "checkpoint_every_steps"):
-        if config[field] % config.steps_per_dispatch:
+    if 0 < norm.memory_capacity < norm.memory_size:
+        raise UserError(
+            f"norm.memory_capacity must be at least norm.memory_size={norm.memory_size} (0: as "
+            f"much), got {norm.memory_capacity}."
+        )
+    stride = config.steps_per_dispatch
+    for field in (
+        "log_every_steps",
+        "eval_every_steps",
+        "checkpoint_every_steps",
+        "shift.every_steps",
+    ):
+        if _lookup(config, field) % stride:
             raise UserError(
-                f"{field} must be a multiple of steps_per_dispatch={config.steps_per_dispatch}, "
-                f"got {config[field]}."
+                f"{field} must be a multiple of steps_per_dispatch={stride}, got "
+                f"{_lookup(config, field)}."
             )
+    classes = config.dataset.classes_per_batch
+    if classes and config.batch_size % classes:
+        raise UserError(
+            f"dataset.classes_per_batch must divide batch_size={config.batch_size}, got {classes}."
+        )
+    try:
+        re.compile(config.shift.layers)
+    except re.error as error:
+        raise UserError(
+            f"shift.layers must be a regular expression, got {config.shift.layers!r}: {error}."
+        ) from error
 
 
 def validate_devices(config: ConfigDict, num_devices: int) -> None:
@@ -213,13 +259,55 @@ def total_steps(config: ConfigDict, num_examples: int) -> int:
     return int(config.num_epochs * steps_per_epoch(config, num_examples))
 
 
-def _names(config: ConfigDict, prefix: str = "") -> set[str]:
-    """Returns the names of all fields, dotted."""
-    names: set[str] = set()
-    for name, value in config.items():
-        nested = isinstance(value, ConfigDict)
-        names |= _names(value, f"{prefix}{name}.") if nested else {prefix + name}
-    return names
+def fields(config: ConfigDict) -> dict[str, Any]:
+    """Returns the values of all fields by dotted name, as JSON keeps them.
+
+    >>> fields(default_config())['norm.memory_size']
+    64
+    """
+    leaves: dict[str, Any] = {}
+
+    def visit(tree: dict[str, Any], prefix: str) -> None:
+        for name, value in tree.items():
+            if isinstance(value, dict):
+                visit(value, f"{prefix}{name}.")
+            else:
+                leaves[prefix + name] = value
+
+    visit(json.loads(config.to_json()), "")
+    return leaves
+
+
+def traced_values(config: ConfigDict) -> dict[str, np.generic]:
+    """Returns the values of the fields that a compiled program takes as data, by dotted name."""
+    return {field: dtype(_lookup(config, field)) for field, dtype in TRACED.items()}
+
+
+def with_values(config: ConfigDict, values: Mapping[str, Any]) -> ConfigDict:
+    """Returns a copy with some fields, by dotted name, set to values that may be traced."""
+    config = config.copy_and_resolve_references().unlock()
+    with config.ignore_type():
+        for field, value in values.items():
+            *groups, name = field.split(".")
+            group = config
+            for key in groups:
+                group = group[key]
+            group[name] = value
+    return config
+
+
+def program_key(config: ConfigDict) -> str:
+    """Returns a text that is equal for configs which one compiled program serves.
+
+    >>> config = default_config()
+    >>> key = program_key(config)
+    >>> config.norm.decay = 0.5
+    >>> program_key(config) == key
+    True
+    """
+    static = {k: v for k, v in fields(config).items() if k not in TRACED}
+    static["norm.memory_capacity"] = config.norm.memory_capacity or config.norm.memory_size
+    return json.dumps(static, sort_keys=True)
 
 
 def _lookup(config: ConfigDict, field: str):

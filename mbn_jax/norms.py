@@ -54,6 +54,7 @@ def _memorized(config: ConfigDict, num_devices: int) -> Callable[..., nn.Module]
     return functools.partial(
         MemorizedBatchNorm,
         memory_size=norm.memory_size,
+        memory_capacity=norm.memory_capacity or None,
         decay=norm.decay,
         gradient=norm.gradient,
         r_max=norm.r_max or None,
@@ -74,11 +75,16 @@ def _none(config: ConfigDict, num_devices: int) -> Callable[..., nn.Module]:
 NORMS = {"memorized": _memorized, "batch": _batch, "none": _none}
 
 
+LAYERS = (MemorizedBatchNorm, nn.BatchNorm, Affine)
+"""The classes of the layers that `NORMS` makes."""
+
+
 def build_norm(config: ConfigDict, num_devices: int) -> Callable[..., nn.Module]:
     """Returns what makes the layers that `config.norm` describes.
 
     Args:
-      config: of the run.
+      config: of the run; `norm.memory_size` and `norm.decay` may be traced, where
+        `norm.memory_capacity` is given.
       num_devices: over all hosts; `norm.sync='group'` divides them.
 
     Returns:

@@ -12,7 +12,7 @@ def build_schedule(config: ConfigDict, *, steps_per_epoch: int, total_steps: int
     """Returns the learning rate as a function of the step: a linear warm-up, then the schedule.
 
     Args:
-      config: of the run.
+      config: of the run; the learning rate may be traced.
       steps_per_epoch: converts the epochs of the config.
       total_steps: of the run; 'cosine' reaches 0 there.
     """
@@ -49,7 +49,8 @@ def decayed_params(params) -> object:
 def build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
     """Returns the optimizer of `config`, after clipping and weight decay.
 
-    Weight decay is added to the gradient for 'sgd', and decoupled from it for 'adam'.
+    Weight decay is added to the gradient for 'sgd', and decoupled from it for 'adam'; it may be
+    traced.
     """
     options = config.optimizer
     mask = None if options.decay_norm_params else decayed_params
@@ -59,7 +60,6 @@ def build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradi
     if options.name == "adam":
         transforms.append(optax.adamw(schedule, weight_decay=options.weight_decay, mask=mask))
         return optax.chain(*transforms)
-    if options.weight_decay:
-        transforms.append(optax.add_decayed_weights(options.weight_decay, mask))
+    transforms.append(optax.add_decayed_weights(options.weight_decay, mask))
     sgd = optax.sgd(schedule, momentum=options.momentum or None, nesterov=options.nesterov)
     return optax.chain(*transforms, sgd)

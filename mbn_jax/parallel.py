@@ -21,39 +21,54 @@ PyTree = Any
 AXIS_NAME = "batch"
 RUNTIMES = ("pmap", "shard_map")
 
+Devices = Sequence[jax.Device] | None
+"""Some of this host's devices; None: all that there are, on all hosts."""
+
+
+def local_devices(devices: Devices = None) -> Sequence[jax.Device]:
+    """Returns the devices of this host among them."""
+    return devices or jax.local_devices()
+
 
 def _sharding(devices: Sequence[jax.Device]) -> NamedSharding:
     return NamedSharding(Mesh(np.array(devices), (AXIS_NAME,)), PartitionSpec(AXIS_NAME))
 
 
 def map_over_devices(
-    function: Callable, *, runtime: str = "pmap", donate_argnums: tuple[int, ...] = ()
+    function: Callable,
+    *,
+    runtime: str = "pmap",
+    donate_argnums: tuple[int, ...] = (),
+    devices: Devices = None,
 ) -> Callable:
-    """Compiles a per-device function to run on every local device, with `AXIS_NAME` bound.
+    """Compiles a per-device function to run on every device, with `AXIS_NAME` bound.
 
     Args:
       function: pure, of pytrees of arrays; sees one device's entries, without the leading axis.
       runtime: 'pmap', or 'shard_map' under `jit`; the same numbers from both.
       donate_argnums: arguments whose buffers may be reused.
+      devices: some of this host's; default: all, of all hosts.
 
     Returns:
       The compiled function, of and to pytrees with the leading device axis.
     """
     if runtime == "pmap":
-        return jax.pmap(function, axis_name=AXIS_NAME, donate_argnums=donate_argnums)
+        return jax.pmap(
+            function, axis_name=AXIS_NAME, donate_argnums=donate_argnums, devices=devices
+        )
 
     def per_device(*args: PyTree) -> PyTree:
         out = function(*jax.tree.map(lambda x: x[0], args))
         return jax.tree.map(lambda x: x[None], out)
 
     spec = PartitionSpec(AXIS_NAME)
-    everywhere, here = _sharding(jax.devices()), _sharding(jax.local_devices())
+    everywhere, here = _sharding(devices or jax.devices()), _sharding(local_devices(devices))
     # With check_vma=True, a gradient averaged by lax.pmean comes out multiplied by the devices.
     mapped = jax.shard_map(
         per_device, mesh=everywhere.mesh, in_specs=spec, out_specs=spec, check_vma=False
     )
     compiled = jax.jit(mapped, donate_argnums=donate_argnums)
-    if jax.process_count() == 1:
+    if devices or jax.process_count() == 1:
         return compiled
 
     # Over several hosts jit takes arrays of all of them; `pmap` takes each host's own.
@@ -76,9 +91,9 @@ def _reshard(tree: PyTree, sharding: NamedSharding) -> PyTree:
     return jax.tree.map(view, tree)
 
 
-def replicate(tree: PyTree) -> PyTree:
-    """Puts a copy of every array on each local device, `[devices, ...]`."""
-    devices = jax.local_devices()
+def replicate(tree: PyTree, devices: Devices = None) -> PyTree:
+    """Puts a copy of every array on each local device (or of `devices`), `[devices, ...]`."""
+    devices = local_devices(devices)
     sharding = _sharding(devices)
 
     def copy(x) -> jax.Array:
@@ -93,9 +108,9 @@ def replicate(tree: PyTree) -> PyTree:
     return jax.tree.map(copy, tree)
 
 
-def distribute(tree: PyTree) -> PyTree:
-    """Puts arrays `[devices, ...]` on the local devices, entry by entry."""
-    return jax.device_put(tree, _sharding(jax.local_devices()))
+def distribute(tree: PyTree, devices: Devices = None) -> PyTree:
+    """Puts arrays `[devices, ...]` on the local devices (or on `devices`), entry by entry."""
+    return jax.device_put(tree, _sharding(local_devices(devices)))
 
 
 def first_device(tree: PyTree) -> PyTree:
@@ -130,17 +145,17 @@ def first_host_first() -> Iterator[None]:
             multihost_utils.sync_global_devices("first_host_first")
 
 
-def split_over_devices(batch: PyTree, *, axis: int = 0) -> PyTree:
+def split_over_devices(batch: PyTree, *, axis: int = 0, devices: Devices = None) -> PyTree:
     """Moves the batch `axis` of host arrays into `[devices, ..., batch / devices, ...]`.
 
     >>> devices = jax.local_device_count()
     >>> split_over_devices({'index': np.arange(2 * devices)})['index'].shape == (devices, 2)
     True
     """
-    devices = jax.local_device_count()
+    count = len(local_devices(devices))
 
     def split(x: np.ndarray) -> np.ndarray:
-        parts = np.split(x, devices, axis=axis)
+        parts = np.split(x, count, axis=axis)
         return np.stack(parts)
 
     return jax.tree.map(split, batch)

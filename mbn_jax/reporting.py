@@ -5,7 +5,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from tensorboardX import SummaryWriter
 
@@ -31,13 +31,21 @@ class Reporter:
     """Writes the records of a run, and the line that shows how far it is."""
 
     def __init__(
-        self, workdir: pathlib.Path, *, first_step: int, total_steps: int, silent: bool = False
+        self,
+        workdir: pathlib.Path,
+        *,
+        first_step: int,
+        total_steps: int,
+        on_record: Callable[[int, dict[str, float]], None] | None = None,
+        silent: bool = False,
     ):
         """Goes on after `first_step`: records past it, to be written again, are dropped.
 
-        A `silent` one writes and shows nothing: that of a host that is not the first.
+        One with `on_record` calls it with every record and shows nothing. A `silent` one writes
+        nothing either: that of a host that is not the first.
         """
         self._silent = silent
+        self._on_record = on_record
         if silent:
             return
         self._total_steps = total_steps
@@ -59,12 +67,14 @@ class Reporter:
         if not only_events:
             self._metrics.write(json.dumps({"step": step, **values}) + "\n")
             self._metrics.flush()
+            if self._on_record:
+                self._on_record(step, dict(values))
         for name, value in values.items():
             self._events.add_scalar(name, value, step)
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
         """Shows step, loss, error, images/s and the time left."""
-        if self._silent:
+        if self._silent or self._on_record:
             return
         done = step - self._first_step
         left = (time.monotonic() - self._begin) / max(done, 1) * (self._total_steps - step)
@@ -81,7 +91,7 @@ class Reporter:
 
     def say(self, line: str) -> None:
         """Prints a line that stays."""
-        if self._silent:
+        if self._silent or self._on_record:
             return
         print(f"\r\033[K{line}" if self._is_terminal else line, file=sys.stderr, flush=True)
         self._line_is_open = False

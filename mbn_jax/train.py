@@ -2,26 +2,25 @@
 
 import pathlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 
 from mbn_jax.checkpoints import Checkpoints
-from mbn_jax.config import steps_per_epoch, validate_devices
-from mbn_jax.datasets.pipeline import training_batches
+from mbn_jax.config import steps_per_epoch, traced_values
+from mbn_jax.datasets.pipeline import training_blocks
 from mbn_jax.diagnostics import memory_distance
 from mbn_jax.double_forward import TrainState
-from mbn_jax.evaluation import Evaluator
-from mbn_jax.experiment import Experiment, device_data
+from mbn_jax.experiment import Batch, Program, Programs
 from mbn_jax.parallel import (
     distribute,
     first_device,
     first_host_first,
-    map_over_devices,
     replicate,
     split_over_devices,
 )
@@ -29,6 +28,8 @@ from mbn_jax.reporting import Reporter, draw_curves, read_metrics
 from mbn_jax.workdir import CHECKPOINTS, CONFIG, open_workdir, save_config
 
 DISPATCHES_IN_FLIGHT = 8
+STEPS_PER_BLOCK = 1024
+"""Of indices that go to the devices at once; some kilobytes, and no copy in most steps."""
 
 
 class DivergenceError(Exception):
@@ -48,12 +49,22 @@ class DivergenceError(Exception):
         return self.args[0]
 
 
-def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, float]:
+def train(
+    config: ConfigDict,
+    workdir: str | pathlib.Path,
+    *,
+    programs: Programs | None = None,
+    on_record: Callable[[int, dict[str, float]], None] | None = None,
+) -> dict[str, float]:
     """Trains as `config` says, or goes on where an earlier call in `workdir` stopped.
 
     Args:
       config: from `mbn_jax.config.default_config`, with changes.
       workdir: folder for the config, metrics, events, checkpoints and curves; made where missing.
+      programs: the devices to run on and what is compiled for them, to share it with other runs;
+        default: all devices, nothing compiled.
+      on_record: called with the step and the values of each record, in place of the progress that
+        is shown otherwise; what it raises ends the run. Such a run draws no curves.
 
     Returns:
       The last values of 'train_loss', 'train_error', 'test_loss' and 'test_error', and 'step'.
@@ -63,124 +74,152 @@ def train(config: ConfigDict, workdir: str | pathlib.Path) -> dict[str, float]:
       DivergenceError: if training diverges.
     """
     workdir = pathlib.Path(workdir)
+    programs = programs or Programs()
     is_first = jax.process_index() == 0
     with first_host_first():  # One prepares folder and data for all.
         open_workdir(config, workdir)
-        experiment = Experiment.build(config)
-        validate_devices(config, jax.device_count())
+        program = programs.get(config)
         if is_first and not (workdir / CONFIG).exists():
             save_config(config, workdir)
 
+    experiment = program.experiment
     checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=config.keep_checkpoints)
     local = experiment.local_statistics
-    fresh = experiment.initial_state()
-    restored = checkpoints.restore(fresh, local_statistics=local)
+    fresh = program.initial_state(config)
+    restored = checkpoints.restore(fresh, local_statistics=local, devices=program.devices)
     checkpoints.discard_damaged()
-    state = replicate(fresh) if restored is None else restored
+    state = replicate(fresh, program.devices) if restored is None else restored
     first_step = int(state.step[0])
     reporter = Reporter(
-        workdir, first_step=first_step, total_steps=experiment.total_steps, silent=not is_first
+        workdir,
+        first_step=first_step,
+        total_steps=experiment.total_steps,
+        on_record=on_record,
+        silent=not is_first,
     )
     if first_step:
         reporter.say(f"resumed from the checkpoint of step {first_step}")
     try:
-        for saved in _run(experiment, state, reporter):
+        for saved in _run(program, config, state, reporter):
             checkpoints.save(saved, local_statistics=local)
     finally:
         reporter.close()
         checkpoints.close()
     with first_host_first():
-        if is_first:
+        if is_first and on_record is None:
             draw_curves(workdir, run_title(config))
     return last_values(workdir)
 
 
-def _run(experiment: Experiment, state: TrainState, reporter: Reporter) -> Iterator[TrainState]:
+def _run(
+    program: Program, config: ConfigDict, state: TrainState, reporter: Reporter
+) -> Iterator[TrainState]:
     """Trains to the end; yields the state wherever it is to be saved."""
-    config = experiment.config
+    experiment = program.experiment
+    schedule = experiment.schedule(config)
     stride = config.steps_per_dispatch
     total_steps = experiment.total_steps
     # To a whole number of dispatches.
     epoch = -(-steps_per_epoch(config, len(experiment.train)) // stride) * stride
     eval_every = config.eval_every_steps or epoch
     checkpoint_every = config.checkpoint_every_steps or epoch
+    shift_every = config.shift.every_steps
     step = int(state.step[0])
     if step == total_steps:
         return
-    batches = training_batches(
-        experiment.train,
-        seed=config.seed,
-        batch_size=config.batch_size,
-        first_step=step,
-        num_steps=total_steps,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    data = device_data(experiment.train)
-    evaluate = Evaluator(experiment, experiment.test)
-    dispatch = map_over_devices(experiment.dispatch, runtime=config.runtime, donate_argnums=(0,))
+    blocks = _blocks(program, config, step)
+    block, block_end = next(blocks)
+    values_on_devices = replicate(traced_values(config), program.devices)
+    data = program.data(experiment.train)
     pending: list[Any] = []
     clock = time.monotonic()
     while step < total_steps:
         size = min(stride, total_steps - step)
-        stack = [next(batches) for _ in range(size)]
-        batch = {key: np.stack([one[key] for one in stack]) for key in stack[0]}
-        batch = distribute(split_over_devices(batch, axis=1))
+        dispatch = program.dispatch(size)
         # Nothing in the loop may wait for the device or copy to it unseen. (Over several hosts
         # pmap itself copies the random keys.)
         with jax.transfer_guard("disallow" if jax.process_count() == 1 else "allow"):
-            state, metrics = dispatch(state, data, batch)
+            state, metrics = dispatch(state, values_on_devices, data, block)
         pending.append(metrics)
         step += size
+        last = step == total_steps
+        if step == block_end and not last:
+            block, block_end = next(blocks)
         if len(pending) > DISPATCHES_IN_FLIGHT:
             # Not the newest: the device stays busy, and batches do not pile up on it.
             jax.block_until_ready(pending[-DISPATCHES_IN_FLIGHT])
 
-        last = step == total_steps
         evaluates = last or step % eval_every == 0
         saves = last or step % checkpoint_every == 0
-        if not (evaluates or saves or step % config.log_every_steps == 0):
+        measures = shift_every and (last or step % shift_every == 0)
+        if not (evaluates or saves or measures or step % config.log_every_steps == 0):
             continue
-        values = _summarize(pending, step, experiment)
+        values = _summarize(pending, step, schedule)
         images = sum(m["loss"].shape[1] for m in pending) * config.batch_size
         values["images_per_second"] = images / (time.monotonic() - clock)
         pending = []
         reporter.progress(step, values)
         if evaluates:
-            values |= {f"test_{name}": value for name, value in evaluate(state).items()}
-            _check_finite(values["test_loss"], "test loss after", step, experiment)
+            values |= {f"test_{k}": v for k, v in program.evaluate(config, state).items()}
+            _check_finite(values["test_loss"], "test loss after", step, schedule)
             reporter.say(
                 f"step {step}/{total_steps}  test loss {values['test_loss']:.4f}  "
                 f"test error {values['test_error']:.2%}"
             )
             if config.norm.name == "memorized":
                 reporter.write(step, _distances(state, config), only_events=True)
+        if measures:
+            values |= program.measure_shift(config, state, None if last else block)
         reporter.write(step, values)
         if saves:
             # The loss told of the parameters before the last update only.
             total = sum(float(jnp.sum(x[0])) for x in jax.tree.leaves(state.params))
-            _check_finite(total, "sum of the parameters after", step, experiment)
+            _check_finite(total, "sum of the parameters after", step, schedule)
             yield state
         clock = time.monotonic()
 
 
-def _summarize(pending: list[Any], step: int, experiment: Experiment) -> dict[str, float]:
+def _blocks(program: Program, config: ConfigDict, first_step: int) -> Iterator[tuple[Batch, int]]:
+    """Yields batches of several steps on the devices, and the step where they end."""
+    experiment, stride = program.experiment, config.steps_per_dispatch
+    in_memory = experiment.train.images is not None
+    steps_per_block = max(1, STEPS_PER_BLOCK // stride) * stride if in_memory else stride
+    blocks = training_blocks(
+        experiment.train,
+        experiment.order(config),
+        first_step=first_step,
+        num_steps=experiment.total_steps,
+        steps_per_block=steps_per_block,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+    )
+    step = first_step
+    for block in blocks:
+        on_devices = distribute(
+            split_over_devices(block, axis=1, devices=program.devices), program.devices
+        )
+        first = replicate({"first_step": np.int32(step)}, program.devices)
+        step += steps_per_block
+        yield {**on_devices, **first}, step
+
+
+def _summarize(pending: list[Any], step: int, schedule: optax.Schedule) -> dict[str, float]:
     """Averages the metrics of the steps since the last record, and checks that they are finite."""
     host = [first_device(metrics) for metrics in jax.device_get(pending)]
     losses = np.concatenate([metrics["loss"] for metrics in host])
     for at, loss in enumerate(losses, start=step - len(losses) + 1):
-        _check_finite(loss, "loss of", at, experiment)
+        _check_finite(loss, "loss of", at, schedule)
     values = {
         f"train_{name}": float(np.mean(np.concatenate([metrics[name] for metrics in host])))
         for name in host[0]
     }
-    return values | {"learning_rate": float(experiment.schedule(step - 1))}
+    return values | {"learning_rate": float(schedule(step - 1))}
 
 
-def _check_finite(value: float, what: str, step: int, experiment: Experiment) -> None:
+def _check_finite(value: float, what: str, step: int, schedule: optax.Schedule) -> None:
     """Raises DivergenceError, naming the step and its learning rate."""
     if not np.isfinite(value):
-        rate = float(experiment.schedule(step - 1))
+        rate = float(schedule(step - 1))
         raise DivergenceError(
             f"The {what} step {step} is {value}, at learning rate {rate:.4g}; training stopped. "
             "Lower optimizer.learning_rate, or set gradient_clip_norm.",

@@ -3,11 +3,10 @@
 import json
 import os
 import pathlib
-from typing import Any
 
-import jax
 from ml_collections import ConfigDict
 
+from mbn_jax.config import fields
 from mbn_jax.errors import UserError
 
 CONFIG = "config.json"
@@ -22,7 +21,7 @@ def open_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
         raise _cannot_write(workdir, error) from error
     if not (workdir / CONFIG).exists():
         return
-    before, now = _fields(load_config(workdir)), _fields(config)
+    before, now = fields(load_config(workdir)), fields(config)
     differing = sorted(k for k in before | now if before.get(k) != now.get(k))
     if differing:
         changes = ", ".join(f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in differing)
@@ -54,10 +53,3 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
 
 def _cannot_write(workdir: pathlib.Path, error: OSError) -> UserError:
     return UserError(f"Cannot write to --workdir={workdir}: {error.strerror}.")
-
-
-def _fields(config: ConfigDict) -> dict[str, Any]:
-    """Returns the leaves by dotted name, as JSON keeps them."""
-    plain = json.loads(config.to_json())
-    leaves = jax.tree.leaves_with_path(plain, is_leaf=lambda x: not isinstance(x, dict))
-    return {".".join(key.key for key in path): value for path, value in leaves}

@@ -10,13 +10,14 @@ from sklearn.datasets import load_digits
 
 from mbn_jax.datasets.images import load_split
 from mbn_jax.datasets.pipeline import (
+    BatchOrder,
     augment,
     evaluation_batches,
     example_keys,
     pixel_statistics,
     standardize,
     take,
-    training_batches,
+    training_blocks,
 )
 from mbn_jax.errors import UserError
 
@@ -26,9 +27,15 @@ def train(data_dir):
     return load_split("digits", "train", data_dir=data_dir)
 
 
-def indices(split, **options):
-    options = {"seed": 0, "batch_size": 12, "first_step": 0, "num_steps": 30} | options
-    return np.stack([batch["index"] for batch in training_batches(split, **options)])
+def blocks(split, *, seed=0, batch_size=12, classes_per_batch=0, **options):
+    order = BatchOrder(split, seed=seed, batch_size=batch_size, classes_per_batch=classes_per_batch)
+    return list(training_blocks(split, order, **options))
+
+
+def indices(split, *, first_step=0, num_steps=30, **options):
+    found = blocks(split, first_step=first_step, num_steps=num_steps, steps_per_block=7, **options)
+    # The last block is filled up.
+    return np.concatenate([block["index"] for block in found])[: num_steps - first_step]
 
 
 def test_digits_are_the_real_ones_each_in_one_split(data_dir, train):
@@ -58,6 +65,26 @@ def test_every_epoch_sees_every_example_once_in_an_order_of_its_own(train):
     assert (order[0] != order[1]).any()
 
 
+@pytest.mark.parametrize("classes", [1, 2, 5])
+def test_batches_of_few_classes(train, classes):
+    order = indices(train, batch_size=20, classes_per_batch=classes, num_steps=60)
+    seen = [len(set(train.labels[batch])) for batch in order]
+    assert max(seen) == classes
+    # An epoch has some 65 such batches; no example comes twice in it.
+    assert len(set(order.flat)) == order.size
+    again = indices(train, batch_size=20, classes_per_batch=classes, num_steps=200)
+    assert (again[:60] == order).all()
+    assert len(set(again.flat)) > 0.99 * len(train)
+
+
+def test_batches_of_few_classes_need_enough_examples(data_dir, train):
+    with pytest.raises(UserError, match="needs 300 examples of a class"):
+        blocks(train, batch_size=300, classes_per_batch=1, num_steps=1)
+    on_disk = load_split("digits", "train", data_dir=data_dir, max_bytes_in_memory=0)
+    with pytest.raises(UserError, match="needs a split in memory"):
+        blocks(on_disk, classes_per_batch=1, num_steps=1)
+
+
 def test_order_depends_on_seed_and_resumes_at_any_step(train):
     order = indices(train)
     assert (indices(train) == order).all()
@@ -74,14 +101,15 @@ def test_hosts_divide_each_global_batch_between_them(train, hosts):
 def test_a_split_on_disk_gives_the_same_batches_as_one_in_memory(data_dir, train):
     on_disk = load_split("digits", "train", data_dir=data_dir, max_bytes_in_memory=0)
     assert on_disk.images is None
-    options = {"seed": 3, "batch_size": 4, "first_step": 2, "num_steps": 6}
+    options = {"seed": 3, "batch_size": 4, "first_step": 2, "num_steps": 7, "steps_per_block": 2}
     data = {"image": train.images, "label": train.labels}
-    decoded, looked_up = (list(training_batches(s, **options)) for s in (on_disk, train))
-    assert len(decoded) == 4
+    decoded, looked_up = (blocks(s, **options) for s in (on_disk, train))
+    assert [len(block["label"]) for block in decoded] == [2, 2, 1]
     for a, b in zip(decoded, looked_up, strict=True):
         b = take(data, b)
-        assert (a["image"] == b["image"]).all()
-        assert (a["label"] == b["label"]).all()
+        steps = len(a["label"])
+        assert (a["image"] == b["image"][:steps]).all()
+        assert (a["label"] == b["label"][:steps]).all()
     assert np.allclose(pixel_statistics(on_disk), pixel_statistics(train), atol=0)
 
 
@@ -90,6 +118,12 @@ def test_evaluation_counts_every_example_once(train):
     assert {len(batch["mask"]) for batch in batches} == {100}
     counted = np.concatenate([batch["index"][batch["mask"]] for batch in batches])
     assert counted.tolist() == list(range(1437))
+
+
+def test_evaluation_on_the_first_few(train):
+    batches = list(evaluation_batches(train, 100, num_examples=250))
+    counted = np.concatenate([batch["index"][batch["mask"]] for batch in batches])
+    assert counted.tolist() == list(range(250))
 
 
 def test_images_are_resized_on_request(data_dir, train):

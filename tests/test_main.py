@@ -63,7 +63,7 @@ DIGITS = str(ROOT / "configs" / "digits.py")
     ],
 )
 def test_mistakes_in_the_config(overrides, message, data_dir, tmp_path, monkeypatch):
-    def compile_nothing(self):
+    def compile_nothing(self, values):
         raise AssertionError("compiled before the check")
 
     monkeypatch.setattr(Experiment, "initial_state", compile_nothing)

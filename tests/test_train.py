@@ -13,11 +13,11 @@ import numpy as np
 import pytest
 
 from mbn_jax.checkpoints import Checkpoints
-from mbn_jax.config import default_config
+from mbn_jax.config import default_config, traced_values
 from mbn_jax.errors import UserError
 from mbn_jax.evaluation import evaluate_run
-from mbn_jax.experiment import Experiment
-from mbn_jax.parallel import map_over_devices, pool_over_devices, replicate
+from mbn_jax.experiment import Experiment, Programs
+from mbn_jax.parallel import pool_over_devices, replicate
 from mbn_jax.reporting import read_metrics
 from mbn_jax.train import DivergenceError, train
 from mbn_jax.workdir import CHECKPOINTS
@@ -48,9 +48,9 @@ def records(workdir):
 
 def final_state(config, workdir):
     checkpoints = Checkpoints(pathlib.Path(workdir) / CHECKPOINTS)
-    experiment = Experiment.build(config)
+    program = Programs().get(config)
     state = checkpoints.restore(
-        experiment.initial_state(), local_statistics=experiment.local_statistics
+        program.initial_state(config), local_statistics=program.experiment.local_statistics
     )
     checkpoints.close()
     return jax.device_get(state.replace(key=jax.random.key_data(state.key)))
@@ -105,7 +105,7 @@ def test_evaluation_is_exact(config, tmp_path):
     state = jax.tree.map(lambda x: x[0], final_state(config, tmp_path))
     variables = {"params": state.params, "batch_stats": state.batch_stats}
     images = experiment.images({"image": jnp.asarray(experiment.test.images)})
-    logits = experiment.model.apply(variables, images, train=False)
+    logits = experiment.model(traced_values(config)).apply(variables, images, train=False)
     wrong = int((logits.argmax(-1) != experiment.test.labels).sum())
     assert evaluate_run(tmp_path)["error"] == wrong / 100
 
@@ -169,19 +169,13 @@ def test_several_steps_per_dispatch_change_nothing(config, tmp_path):
     )
 
 
-def test_one_compilation_of_the_step_in_a_run(config, tmp_path, monkeypatch):
+def test_one_compilation_of_the_step_in_a_run(config, tmp_path):
     config.steps_per_dispatch = 4
     config.num_epochs = 1.05  # 42 steps: the last stack has 2.
     config.checkpoint_every_steps = 20
-    dispatch, traces = Experiment.dispatch, []
-
-    def count(self, state, data, batch):
-        traces.append(jax.tree.leaves(batch)[0].shape[0])
-        return dispatch(self, state, data, batch)
-
-    monkeypatch.setattr(Experiment, "dispatch", count)
-    train(config, tmp_path)
-    assert traces == [4, 2]
+    programs = Programs()
+    train(config, tmp_path, programs=programs)
+    assert programs.step_compilations == 2
 
 
 def test_local_statistics_start_from_their_pool_on_other_devices(config, tmp_path):
@@ -242,15 +236,15 @@ def test_a_workdir_of_another_config_is_refused(config, tmp_path):
 
 def test_bfloat16_computes_in_it_and_keeps_float32_state(config):
     config.model.dtype = "bfloat16"
-    experiment = Experiment.build(config)
-    state = experiment.initial_state()
+    program = Programs().get(config)
+    state = program.initial_state(config)
     kept = jax.tree.leaves((state.params, state.batch_stats))
     assert {x.dtype for x in kept} == {jnp.dtype("float32")}
-    batch = replicate({"index": np.zeros((1, 2), np.int32)})
-    data = replicate({"image": experiment.train.images, "label": experiment.train.labels})
-    lowered = map_over_devices(experiment.dispatch).lower(replicate(state), data, batch)
-    assert "bf16" in lowered.as_text()
-    new = jax.eval_shape(map_over_devices(experiment.dispatch), replicate(state), data, batch)[0]
+    block = replicate({"index": np.zeros((4, 2), np.int32), "first_step": np.int32(0)})
+    data = program.data(program.experiment.train)
+    args = (replicate(state), replicate(traced_values(config)), data, block)
+    assert "bf16" in program.dispatch(1).lower(*args).as_text()
+    new = jax.eval_shape(program.dispatch(1), *args)[0]
     kept = jax.tree.leaves((new.params, new.batch_stats))
     assert {x.dtype for x in kept} == {jnp.dtype("float32")}
 

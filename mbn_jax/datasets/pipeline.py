@@ -1,9 +1,10 @@
-"""From a split to training batches: order by Grain on the host, pixels under jit on the device.
+"""From a split to training batches: order and decoding on the host, pixels under jit on the device.
 
 The order and every random draw are functions of (seed, step, position in the global batch) alone,
 so a run is the same on one host or many, and a resumed run goes on as if never stopped.
 """
 
+import functools
 import os
 from collections.abc import Iterator
 
@@ -13,53 +14,121 @@ import jax.numpy as jnp
 import numpy as np
 
 from mbn_jax.datasets.images import Split
+from mbn_jax.errors import UserError
 
 STATISTICS_EXAMPLES = 10_000
 
 
-def training_batches(
+class BatchOrder:
+    """Which examples are in the global batch of any step, as a function of seed and step.
+
+    Examples are shuffled anew each epoch; batches run across the end of an epoch, so none is short.
+    With `classes_per_batch`, each class's examples are cut into chunks, and a batch is so many
+    chunks drawn at random: it sees at most so many classes. What does not fill a chunk is left out
+    of that epoch.
+    """
+
+    def __init__(self, split: Split, *, seed: int, batch_size: int, classes_per_batch: int = 0):
+        """Raises UserError where the split has no batch of so few classes."""
+        self._seed = seed
+        self._batch_size = batch_size
+        self._num_examples = len(split)
+        self._labels = split.labels
+        self._chunk = batch_size // classes_per_batch if classes_per_batch else 0
+        self._length = self._num_examples
+        if not classes_per_batch:
+            return
+        if self._labels is None:
+            raise UserError(
+                "dataset.classes_per_batch needs a split in memory; raise "
+                "dataset.max_bytes_in_memory, or set it to 0."
+            )
+        chunks = (np.bincount(self._labels) // self._chunk).sum()
+        self._length = chunks // classes_per_batch * batch_size
+        if not self._length:
+            raise UserError(
+                f"dataset.classes_per_batch={classes_per_batch} needs {self._chunk} examples of "
+                f"a class, more than split {split.name!r} has; raise it or lower batch_size."
+            )
+
+    def steps(self, first: int, last: int) -> np.ndarray:
+        """Returns the indices of steps `first` to `last` - 1, int32 `[steps, batch]`."""
+        begin, end = first * self._batch_size, last * self._batch_size
+        epochs = range(begin // self._length, -(-end // self._length))
+        order = np.concatenate([self._epoch(epoch) for epoch in epochs])
+        begin -= epochs.start * self._length
+        return order[begin:][: (last - first) * self._batch_size].reshape(-1, self._batch_size)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  # Lives as long as the run.
+    def _epoch(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng((self._seed, epoch))
+        order = rng.permutation(self._num_examples).astype(np.int32)
+        if not self._chunk:
+            return order
+        assert self._labels is not None
+        chunks = []
+        for label in np.unique(self._labels):
+            examples = order[self._labels[order] == label]
+            whole = len(examples) // self._chunk * self._chunk
+            chunks.append(examples[:whole].reshape(-1, self._chunk))
+        return rng.permutation(np.concatenate(chunks)).reshape(-1)[: self._length]
+
+
+def training_blocks(
     split: Split,
+    order: BatchOrder,
     *,
-    seed: int,
-    batch_size: int,
     first_step: int,
     num_steps: int,
+    steps_per_block: int,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields this host's part of the global batches of steps `first_step` to `num_steps` - 1.
 
-    The split is shuffled anew each epoch; batches run across the end of an epoch, so none is short.
-
     Args:
       split: what to read.
-      seed: of the order.
-      batch_size: global, a multiple of `process_count`.
+      order: of its examples.
       first_step: 0, or the step that a resumed run goes on with.
       num_steps: of the whole run.
+      steps_per_block: steps handed over at once.
       process_index: of this host.
       process_count: number of hosts.
 
     Yields:
-      'index' int32 `[local batch]` for a split in memory; else 'image' and 'label', decoded.
+      'index' int32 `[steps, local batch]` for a split in memory, the last block filled up with 0;
+      else 'image' and 'label', decoded, `[steps, local batch, ...]`, the last block as it is left.
     """
-    local = batch_size // process_count
-    part = slice(process_index * local, (process_index + 1) * local)
 
-    def load(indices: np.ndarray) -> dict[str, np.ndarray]:
-        indices = indices[part].astype(np.int32)
-        return {"index": indices} if split.images is not None else split.read(indices)
+    def part(first: int, last: int) -> np.ndarray:
+        indices = order.steps(first, min(last, num_steps))
+        local = indices.shape[1] // process_count
+        return indices[:, process_index * local : (process_index + 1) * local]
 
-    order = grain.MapDataset.range(len(split)).seed(seed).shuffle().repeat()
-    batches = order.batch(batch_size, drop_remainder=True).slice(slice(first_step, num_steps))
+    if split.images is not None:
+        for step in range(first_step, num_steps, steps_per_block):
+            indices = part(step, step + steps_per_block)
+            yield {"index": np.pad(indices, ((0, steps_per_block - len(indices)), (0, 0)))}
+        return
     # Whole batches are read ahead: few of them, because they may be large.
     threads = os.cpu_count() or 1
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    return iter(batches.map(load).to_iter_dataset(options))
+    batches = grain.MapDataset.range(first_step, num_steps).map(
+        lambda step: split.read(part(step, step + 1)[0])
+    )
+    decoded = iter(batches.to_iter_dataset(options))
+    for step in range(first_step, num_steps, steps_per_block):
+        stack = [next(decoded) for _ in range(min(steps_per_block, num_steps - step))]
+        yield {key: np.stack([batch[key] for batch in stack]) for key in stack[0]}
 
 
 def evaluation_batches(
-    split: Split, batch_size: int, *, process_index: int = 0, process_count: int = 1
+    split: Split,
+    batch_size: int,
+    *,
+    num_examples: int = 0,
+    process_index: int = 0,
+    process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yields this host's part of every example once, in global batches of `batch_size`.
 
@@ -68,18 +137,21 @@ def evaluation_batches(
     Args:
       split: what to read.
       batch_size: global, a multiple of `process_count`.
+      num_examples: only so many of the first; 0: all.
       process_index: of this host.
       process_count: number of hosts.
 
     Yields:
-      'index' (or 'image' and 'label') as `training_batches`, and 'mask' bool `[local batch]`.
+      'index' int32 `[local batch]` for a split in memory, else 'image' and 'label', decoded; and
+      'mask' bool `[local batch]`.
     """
     local = batch_size // process_count
-    for start in range(process_index * local, len(split) + process_index * local, batch_size):
+    count = min(num_examples or len(split), len(split))
+    for start in range(process_index * local, count + process_index * local, batch_size):
         positions = np.arange(start, start + local)
-        indices = np.minimum(positions, len(split) - 1).astype(np.int32)
+        indices = np.minimum(positions, count - 1).astype(np.int32)
         batch = {"index": indices} if split.images is not None else split.read(indices)
-        yield {**batch, "mask": positions < len(split)}
+        yield {**batch, "mask": positions < count}
 
 
 def pixel_statistics(split: Split) -> tuple[np.ndarray, np.ndarray]:
