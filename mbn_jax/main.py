@@ -1,21 +1,21 @@
-"""The commands `mbn-train` and `mbn-eval`: flags, one call, one sentence for a mistake."""
+"""The commands: flags, one call, one sentence for a mistake."""
 
 import argparse
-import difflib
 import json
 import pathlib
-import runpy
 import sys
 from collections.abc import Callable, Sequence
 
 import jax
-from absl import flags, logging
-from ml_collections import ConfigDict, config_flags
+from absl import logging
 
+from mbn_jax.config_files import parse_config
 from mbn_jax.errors import UserError
 
 EXAMPLE_CONFIG = "configs/digits.py"
 EXAMPLE = f"mbn-train --config={EXAMPLE_CONFIG} --workdir=runs/digits"
+SWEEP_EXAMPLE = "mbn-sweep experiments/memory_size.py --workdir=runs/memory_size"
+FAILED = 1
 USER_MISTAKE = 2
 DIVERGED = 3
 
@@ -82,6 +82,71 @@ Exit status: 0 done, {USER_MISTAKE} a mistake in the input, {DIVERGED} the loss 
     return 0
 
 
+def sweep_command(argv: Sequence[str]) -> int:
+    """Runs `mbn-sweep` with these arguments; returns its exit status, raises UserError."""
+    parser = argparse.ArgumentParser(
+        prog="mbn-sweep",
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Runs all members of an experiment that are not done yet.",
+        epilog=f"""examples:
+  {SWEEP_EXAMPLE} --dry_run
+  {SWEEP_EXAMPLE}
+  mbn-report runs/memory_size
+
+The same command again goes on with what is missing; in another shell or on another machine at the
+same time, it shares the work. In the workdir: members/ (a run each), sweep.db (an Optuna study),
+results.csv, results.parquet, and what mbn-report writes.""",
+    )
+    parser.add_argument("experiment", help="a Python file with get_sweep()")
+    parser.add_argument("--workdir", help="folder of the sweep; made if missing")
+    parser.add_argument("--seeds", type=int, help="how many; default: what the file says")
+    parser.add_argument("--dry_run", action="store_true", help="show the members and the time")
+    parser.add_argument(
+        "--storage", help="database for several machines, postgresql://...; default: in the workdir"
+    )
+    parser.add_argument(
+        "--config.FIELD", metavar="VALUE", dest="field", help="sets a field for all members"
+    )
+    args, overrides = parser.parse_known_args(argv)
+    if not args.workdir:
+        raise UserError(f"--workdir is missing; for example: {SWEEP_EXAMPLE}")
+
+    from mbn_jax.sweeps.command import (  # Slow to import: Optuna, pandas.
+        dry_run,
+        open_sweep,
+        run_sweep,
+    )
+
+    workdir = pathlib.Path(args.workdir)
+    if args.dry_run:
+        print(dry_run(args.experiment, overrides, args.seeds, workdir))
+        return 0
+    runner, study = open_sweep(args.experiment, overrides, args.seeds, workdir, args.storage)
+    outcomes = run_sweep(workdir, runner, study)
+    told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
+    print(f"{told}; results in {args.workdir}/results.csv, report in {args.workdir}/report.html")
+    return FAILED if outcomes["failed"] else 0
+
+
+def report_command(argv: Sequence[str]) -> int:
+    """Runs `mbn-report` with these arguments; returns its exit status, raises UserError."""
+    parser = argparse.ArgumentParser(
+        prog="mbn-report",
+        allow_abbrev=False,
+        description="Writes the report of a sweep, as far as it is: report.html, report.md, "
+        "figures/, results.csv and results.parquet.",
+    )
+    parser.add_argument("workdir", help="folder of mbn-sweep")
+    parser.add_argument("--storage", help="the database, where mbn-sweep was given one")
+    args = parser.parse_args(argv)
+
+    from mbn_jax.sweeps.command import report_sweep
+
+    print(report_sweep(pathlib.Path(args.workdir), args.storage))
+    return 0
+
+
 def eval_command(argv: Sequence[str]) -> int:
     """Runs `mbn-eval` with these arguments; returns its exit status, raises UserError."""
     parser = argparse.ArgumentParser(
@@ -128,63 +193,6 @@ def join_hosts(
         raise UserError(f"cannot join the other hosts: {' '.join(str(error).split())}") from error
 
 
-def parse_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
-    """Reads a config file and sets the fields that `overrides` name.
-
-    Args:
-      path: of a Python file with `get_config()`.
-      overrides: as on the command line, '--config.FIELD=VALUE'.
-
-    Returns:
-      The configuration, not yet validated.
-
-    Raises:
-      UserError: for a missing or broken file, an unknown field or a value of the wrong type.
-    """
-    for argument in overrides:
-        if argument.startswith("-") and not argument.startswith("--config."):
-            raise UserError(f"unknown argument {argument}; see --help")
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"there is no config file {path}; one that works: {EXAMPLE}")
-    try:
-        config = runpy.run_path(path)["get_config"]()
-    except Exception as error:  # The file is the user's code: it may fail in any way.
-        reason = " ".join(str(error).split())
-        raise UserError(f"config file {path} failed: {type(error).__name__}: {reason}") from error
-    if not isinstance(config, ConfigDict):
-        raise UserError(f"get_config() of {path} must return a ConfigDict, got {type(config)}")
-    for override in overrides:
-        if override.startswith("--config."):
-            _check_field(config, override.removeprefix("--config.").split("=")[0])
-    values = flags.FlagValues()
-    argv = ["mbn-train", *overrides]
-    try:
-        config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
-        positional = values(argv)[1:]
-    except flags.Error as error:
-        raise UserError(str(error)) from error
-    except (TypeError, ValueError) as error:
-        raise UserError(str(error)) from error
-    if positional:
-        raise UserError(f"unknown argument {positional[0]}; see --help")
-    return values.config
-
-
-def _check_field(config: ConfigDict, name: str) -> None:
-    """Raises UserError unless `name`, dotted, is a field and no group of fields."""
-    found, group = config, ""
-    for key in name.split("."):
-        if not isinstance(found, ConfigDict) or key not in found:
-            fields = list(found) if isinstance(found, ConfigDict) else []
-            close = [group + field for field in difflib.get_close_matches(key, fields, n=1)]
-            hint = f"; did you mean {close[0]}?" if close else ""
-            raise UserError(f"the config has no field {name}{hint}")
-        found, group = found[key], f"{group}{key}."
-    if isinstance(found, ConfigDict):
-        names = ", ".join(f"{group}{field}" for field in found)
-        raise UserError(f"{name} is a group; set one of its fields: {names}")
-
-
 def _run(command: Callable[[Sequence[str]], int], name: str) -> None:
     logging.set_verbosity(logging.WARNING)
     try:
@@ -196,6 +204,16 @@ def _run(command: Callable[[Sequence[str]], int], name: str) -> None:
         print(f"{name}: interrupted; the same command goes on", file=sys.stderr)
         status = 130
     sys.exit(status)
+
+
+def sweep_main() -> None:
+    """Runs `mbn-sweep`."""
+    _run(sweep_command, "mbn-sweep")
+
+
+def report_main() -> None:
+    """Runs `mbn-report`."""
+    _run(report_command, "mbn-report")
 
 
 def train_main() -> None:

@@ -179,6 +179,27 @@ def _run(
         clock = time.monotonic()
 
 
+def seconds_per_step(program: Program, config: ConfigDict, seconds: float) -> float:
+    """Measures a training step, after its compilation, for so many seconds."""
+    values = replicate(traced_values(config), program.devices)
+    state = replicate(program.initial_state(config), program.devices)
+    data = program.data(program.experiment.train)
+    blocks = _blocks(program, config, 0)
+    stride = min(config.steps_per_dispatch, program.experiment.total_steps)
+    dispatch = program.dispatch(stride)
+    block, _ = next(blocks)
+    state, _ = dispatch(state, values, data, block)
+    jax.block_until_ready(state)
+    steps, begin = 0, time.monotonic()
+    while time.monotonic() - begin < seconds:
+        # The same batch again: the state is thrown away, and the cost is that of any other.
+        state = state.replace(step=jnp.zeros_like(state.step))
+        state, _ = dispatch(state, values, data, block)
+        jax.block_until_ready(state)
+        steps += stride
+    return (time.monotonic() - begin) / steps
+
+
 def _blocks(program: Program, config: ConfigDict, first_step: int) -> Iterator[tuple[Batch, int]]:
     """Yields batches of several steps on the devices, and the step where they end."""
     experiment, stride = program.experiment, config.steps_per_dispatch

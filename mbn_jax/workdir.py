@@ -15,10 +15,7 @@ CHECKPOINTS = "checkpoints"
 
 def open_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Makes `workdir`; raises UserError where it is a run of another config, naming the fields."""
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise _cannot_write(workdir, error) from error
+    make_folder(workdir)
     if not (workdir / CONFIG).exists():
         return
     before, now = fields(load_config(workdir)), fields(config)
@@ -29,6 +26,14 @@ def open_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
             f"{workdir} is a run of another config ({changes}); use another --workdir, or the "
             "config it was started with."
         )
+
+
+def make_folder(workdir: pathlib.Path) -> None:
+    """Makes a workdir where it is missing; raises UserError where that cannot be."""
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(workdir, error) from error
 
 
 def save_config(config: ConfigDict, workdir: pathlib.Path) -> None:

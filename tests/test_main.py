@@ -8,9 +8,10 @@ import sys
 import pytest
 
 from mbn_jax.config import default_config
+from mbn_jax.config_files import parse_config
 from mbn_jax.errors import UserError
 from mbn_jax.experiment import Experiment
-from mbn_jax.main import eval_command, parse_config, train_command
+from mbn_jax.main import eval_command, train_command
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.py")
@@ -80,7 +81,7 @@ def test_mistakes_in_the_config(overrides, message, data_dir, tmp_path, monkeypa
     [
         ([], "--config is missing; one that works: mbn-train --config=configs/digits.py"),
         ([f"--config={DIGITS}"], "--workdir is missing"),
-        (["--config=nowhere.py", "--workdir=w"], "there is no config file nowhere.py"),
+        (["--config=nowhere.py", "--workdir=w"], "there is no file nowhere.py"),
         ([f"--config={DIGITS}", "--workdir=w", "--process_id=1"], "go together; give all three"),
         (
             [f"--config={DIGITS}", "--workdir=w", "--process_id=1", "--distributed"],
@@ -97,7 +98,7 @@ def test_missing_arguments(argv, message):
 def test_a_broken_config_file_is_named(tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text("def get_config():\n  return 1 / 0\n")
-    with pytest.raises(UserError, match=r"broken\.py failed: ZeroDivisionError"):
+    with pytest.raises(UserError, match=r"broken\.py: get_config\(\) failed: ZeroDivisionError"):
         parse_config(str(broken))
 
 
@@ -107,7 +108,9 @@ def test_a_config_file_with_a_misspelt_field_is_refused(tmp_path):
         "from mbn_jax.config import default_config\n"
         "def get_config():\n  config = default_config()\n  config.batchsize = 2\n  return config\n"
     )
-    with pytest.raises(UserError, match=r"misspelt\.py failed: AttributeError: .*batch_size"):
+    with pytest.raises(
+        UserError, match=r"misspelt\.py: get_config\(\) failed: AttributeError: .*batch_size"
+    ):
         parse_config(str(misspelt))
 
 

@@ -1,0 +1,27 @@
+"""Which learning rate suits batch normalization at each batch size, on held-out training images.
+
+    mbn-sweep experiments/learning_rate.py --workdir=runs/learning_rate --seeds=3
+
+The rates of `batch_size.py` come from here.
+"""
+
+from mbn_jax.sweeps import Figure, Sweep
+
+
+def get_sweep():
+    """Returns the sweep."""
+    return Sweep(
+        title="Learning rate by batch size, for batch normalization",
+        text="Errors are on a fifth of the training split, which was not trained on.",
+        configs={"digits": "../configs/digits.py", "cifar10": "../configs/cifar10_small_batch.py"},
+        fields={"dataset.test_split": "train[80%:]", "dataset.train_split": "train[:80%]"},
+        axes={
+            "batch_size": (2, 4, 8, 16, 32, 64, 128),
+            "norm": {
+                "batch": {"norm.name": "batch", "double_forward": "off"},
+                "memorized": {},
+            },
+            "optimizer.learning_rate": (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64),
+        },
+        figures=[Figure(x="optimizer.learning_rate", lines="norm", panels="batch_size")],
+    )

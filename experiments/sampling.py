@@ -1,0 +1,33 @@
+"""Test error when a batch sees only a few of the classes.
+
+mbn-sweep experiments/sampling.py --workdir=runs/sampling
+"""
+
+from mbn_jax.sweeps import Figure, Sweep
+
+
+def get_sweep():
+    """Returns the sweep."""
+    return Sweep(
+        title="Badly sampled batches",
+        text="Each batch of 40 has images of so many of the ten classes; 'all': drawn at random.",
+        configs={"digits": "../configs/digits.py", "cifar10": "../configs/cifar10_small_batch.py"},
+        fields={"batch_size": 40, "optimizer.learning_rate": 0.08, "log_every_steps": 35},
+        axes={
+            "norm": {
+                "batch": {"norm.name": "batch", "double_forward": "off"},
+                "memorized, 4 batches": {"norm.memory_size": 4},
+                "memorized, 64 batches": {},
+                "none": {"norm.name": "none", "double_forward": "off"},
+            },
+            "classes a batch": {
+                "1": {"dataset.classes_per_batch": 1},
+                "2": {"dataset.classes_per_batch": 2},
+                "4": {"dataset.classes_per_batch": 4},
+                "8": {"dataset.classes_per_batch": 8},
+                "all": {},
+            },
+        },
+        baseline={"norm": "batch"},
+        figures=[Figure(x="classes a batch", lines="norm", log_y=True)],
+    )

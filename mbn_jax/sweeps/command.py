@@ -1,0 +1,171 @@
+"""What `mbn-sweep` and `mbn-report` do, from an experiment file to a report."""
+
+import dataclasses
+import importlib.metadata
+import pathlib
+import platform
+import shlex
+import sys
+from collections import Counter
+from collections.abc import Sequence
+
+import jax
+import optuna
+from ml_collections import ConfigDict
+
+from mbn_jax.config_files import call_in_file, override_fields, parse_config
+from mbn_jax.errors import UserError
+from mbn_jax.sweeps import storage as store
+from mbn_jax.sweeps.declaration import Sweep
+from mbn_jax.sweeps.report import write_report
+from mbn_jax.sweeps.results import read_results, write_results
+from mbn_jax.sweeps.runner import Runner
+from mbn_jax.workdir import make_folder
+
+PACKAGES = ("mbn-jax", "jax", "jaxlib", "flax", "optax", "numpy")
+
+
+def load_sweep(path: str, overrides: Sequence[str], seeds: int | None) -> tuple[Sweep, ConfigDict]:
+    """Reads an experiment file.
+
+    Args:
+      path: of a Python file with `get_sweep()`.
+      overrides: as on the command line, '--config.FIELD=VALUE'.
+      seeds: how many; default: what the file says.
+
+    Returns:
+      The sweep, and the config that all members share.
+
+    Raises:
+      UserError: for a file, a field or a value that cannot work.
+    """
+    sweep = call_in_file(path, "get_sweep")
+    if not isinstance(sweep, Sweep):
+        raise UserError(f"get_sweep() of {path} must return a Sweep, got {type(sweep)}")
+    if seeds is not None:
+        sweep = dataclasses.replace(sweep, seeds=seeds)
+    names = [o.split("=", 1)[0].removeprefix("--config.") for o in overrides]
+    for name in names:
+        if any(name in member.fields for member in sweep.members()):
+            raise UserError(f"{name} is set by an axis of {path}; leave --config.{name} out")
+    default = next(iter(sweep.configs))
+    dataset = dict(zip(names, overrides, strict=True)).get("dataset.name", f"={default}")
+    file = sweep.configs.get(dataset.split("=", 1)[-1], sweep.configs[default])
+    config = sweep.base_config(parse_config(str(pathlib.Path(path).parent / file)))
+    return sweep, override_fields(config, overrides)
+
+
+def dry_run(
+    experiment: str,
+    overrides: Sequence[str],
+    seeds: int | None,
+    workdir: pathlib.Path,
+) -> str:
+    """Returns the members, their count and an estimate of the time; writes nothing."""
+    sweep, config = load_sweep(experiment, overrides, seeds)
+    runner = Runner(sweep, config, workdir)
+    lines = [member.name for member in runner.members]
+    seconds = runner.estimate_seconds()
+    lines.append(
+        f"{len(lines)} members, {runner.num_programs} compilations of the step on each of "
+        f"{len(runner.devices)} devices, about {_duration(seconds)}"
+    )
+    return "\n".join(lines)
+
+
+def open_sweep(
+    experiment: str,
+    overrides: Sequence[str],
+    seeds: int | None,
+    workdir: pathlib.Path,
+    storage: str | None = None,
+    devices: Sequence[jax.Device] | None = None,
+) -> tuple[Runner, optuna.Study]:
+    """Prepares a sweep to run or to go on.
+
+    Args:
+      experiment: a Python file with `get_sweep()`.
+      overrides: of its config, '--config.FIELD=VALUE'.
+      seeds: how many; default: what the file says.
+      workdir: of the sweep; made where missing.
+      storage: SQLAlchemy address of a database for several machines; default: in the workdir.
+      devices: to run on; default: all of this host.
+
+    Returns:
+      What runs it, and what holds its state.
+
+    Raises:
+      UserError: for a file, a field, a value or a workdir that cannot work.
+    """
+    sweep, config = load_sweep(experiment, overrides, seeds)
+    runner = Runner(sweep, config, workdir, devices)
+    make_folder(workdir)
+    study = store.open_study(workdir, storage)
+    store.check_config(study, config)
+    study.set_user_attr("sweep", describe(sweep, config, experiment))
+    return runner, study
+
+
+def run_sweep(workdir: pathlib.Path, runner: Runner, study: optuna.Study) -> Counter:
+    """Runs what is missing of a sweep from `open_sweep`, and writes its results and report.
+
+    Returns:
+      How many members are 'finished', 'diverged' and 'failed'.
+    """
+    outcomes = runner.run(study)
+    write_all(workdir, study)
+    return outcomes
+
+
+def describe(sweep: Sweep, config: ConfigDict, experiment: str) -> dict:
+    """Returns what a report must know of a sweep, as JSON has it."""
+    device = jax.local_devices()[0]
+    return {
+        "title": sweep.title,
+        "text": sweep.text,
+        "axes": {axis: list(values) for axis, values in sweep.axes.items()},
+        "fields": sweep.swept_fields(config),
+        "seeds": sweep.seeds,
+        "baseline": dict(sweep.baseline),
+        "metrics": list(sweep.metrics),
+        "figures": [dataclasses.asdict(figure) for figure in sweep.figures],
+        "command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "experiment": experiment,
+        "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
+        | {"python": platform.python_version()},
+        "device": f"{device.platform} {device.device_kind}",
+    }
+
+
+def report_sweep(workdir: pathlib.Path, storage: str | None = None) -> pathlib.Path:
+    """Writes the results and the report of a sweep, as far as it is.
+
+    Returns:
+      The path of `report.html`.
+
+    Raises:
+      UserError: where there is no sweep, or none of its members has run.
+    """
+    if storage is None and not (workdir / store.STUDY).exists():
+        raise UserError(f"{workdir} is not the folder of a sweep: it has no {store.STUDY}")
+    return write_all(workdir, store.open_study(workdir, storage))
+
+
+def write_all(workdir: pathlib.Path, study: optuna.Study) -> pathlib.Path:
+    """Writes `results.csv`, `results.parquet` and the report; returns the path of `report.html`."""
+    results = read_results(study)
+    write_results(results, workdir)
+    return write_report(study, results, workdir)
+
+
+def _duration(seconds: float) -> str:
+    """Returns a time in two units.
+
+    >>> _duration(3723)
+    '1 h 2 min'
+    """
+    if seconds < 60:
+        return f"{seconds:.0f} s"
+    if seconds < 3600:
+        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
+    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"

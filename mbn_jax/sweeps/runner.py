@@ -1,0 +1,293 @@
+"""Runs what is missing of a sweep: one member at a time on each device, until all are done."""
+
+import pathlib
+import resource
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+
+import jax
+import optuna
+from ml_collections import ConfigDict
+from optuna.trial import TrialState
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from mbn_jax import config as config_lib
+from mbn_jax.errors import UserError
+from mbn_jax.experiment import Programs
+from mbn_jax.reporting import read_metrics
+from mbn_jax.sweeps import storage as store
+from mbn_jax.sweeps.declaration import Member, Sweep
+from mbn_jax.train import DivergenceError, seconds_per_step, train
+
+MEMBERS = "members"
+POLL_SECONDS = 1.0
+ENDS = (store.FINISHED, store.DIVERGED, store.FAILED)
+
+
+class _StoppedError(Exception):
+    """The user stopped the sweep; the member is given back."""
+
+
+class Runner:
+    """One process's part in a sweep; any number of them share its members."""
+
+    def __init__(
+        self,
+        sweep: Sweep,
+        config: ConfigDict,
+        workdir: pathlib.Path,
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        """Opens the data and checks every member; nothing compiles.
+
+        Args:
+          sweep: what to run.
+          config: that all members share.
+          workdir: where their runs are.
+          devices: to run on, one member each; default: all of this host.
+
+        Raises:
+          UserError: for a member that cannot work.
+        """
+        self._members = {member.name: member for member in sweep.members()}
+        self._config = config
+        self._capacity = sweep.memory_capacity(config)
+        self._workdir = workdir
+        self._study: optuna.Study
+        self.devices = devices or jax.local_devices()
+        self._programs = {device: Programs([device]) for device in self.devices}
+        self._first = self._programs[self.devices[0]]
+        for member in self.members:
+            self._first.get(self._config_of(member.fields))
+        self._looking = threading.Lock()
+        self._stop = threading.Event()
+        self._errors: list[BaseException] = []
+
+    def _config_of(self, fields) -> ConfigDict:
+        capacity = {"norm.memory_capacity": self._capacity}
+        return Member({}, 0, {**capacity, **fields}).config(self._config)
+
+    @property
+    def members(self) -> list[Member]:
+        """All members, in the order in which they are enqueued."""
+        return list(self._members.values())
+
+    @property
+    def num_programs(self) -> int:
+        """How many different programs the members need: compilations, on one device."""
+        return len({config_lib.program_key(self._config_of(m.fields)) for m in self.members})
+
+    @property
+    def step_compilations(self) -> int:
+        """How often a training step was compiled so far, over all devices."""
+        return sum(programs.step_compilations for programs in self._programs.values())
+
+    def estimate_seconds(self, seconds: float = 1.0) -> float:
+        """Estimates the time of the whole sweep from a short run of each program's step."""
+        total, per_program = 0.0, {}
+        for member in self.members:
+            config = self._config_of(member.fields)
+            key = config_lib.program_key(config)
+            if key not in per_program:
+                program = self._first.get(config)
+                begin = time.monotonic()
+                per_step = seconds_per_step(program, config, seconds)
+                total += time.monotonic() - begin  # Compilation, by and large.
+                per_program[key] = per_step * program.experiment.total_steps
+            total += per_program[key] / len(self._programs)
+        return total
+
+    def run(self, study: optuna.Study) -> Counter:
+        """Runs members until none is left, here or elsewhere.
+
+        Args:
+          study: that holds their state.
+
+        Returns:
+          How many ended how.
+
+        Raises:
+          UserError: for a study of other members.
+          KeyboardInterrupt: when interrupted, after the members in work were given back.
+        """
+        gone = set(store.trials_by_member(study)) - set(self._members)
+        if gone:
+            raise UserError(
+                f"the sweep in this workdir has {len(gone)} members that the experiment no longer "
+                f"declares ({min(gone)}); put them back, or use another --workdir"
+            )
+        self._study = study
+        threads = [
+            threading.Thread(target=self._work, args=(device,), daemon=True)
+            for device in self.devices
+        ]
+        for thread in threads:
+            thread.start()
+        try:
+            self._show_until_done(threads)
+        except KeyboardInterrupt:
+            self._stop.set()
+            print("stopping at the next record of each member ...", file=sys.stderr)
+            for thread in threads:
+                thread.join()
+            raise
+        if self._errors:
+            raise self._errors[0]
+        return self._outcomes()
+
+    def _work(self, device: jax.Device) -> None:
+        """Runs members on one device."""
+        try:
+            while not self._stop.is_set():
+                with self._looking:
+                    claimed = self._claim(device)
+                if claimed is None:
+                    return
+                if not claimed:  # Others run elsewhere, and may yet be given up.
+                    self._stop.wait(POLL_SECONDS)
+        except BaseException as error:  # Shown by the main thread, which waits for this one.
+            self._errors.append(error)
+            self._stop.set()
+
+    def _claim(self, device: jax.Device) -> bool | None:
+        """Runs one member; False if all are taken, None if all are done."""
+        store.give_up_stale(self._study)
+        store.enqueue_missing(self._study, self.members, self._capacity)
+        states = Counter(t.state for t in self._study.get_trials(deepcopy=False))
+        if not states[TrialState.WAITING]:
+            return False if states[TrialState.RUNNING] else None
+        self._study.optimize(
+            lambda trial: self._run_member(trial, device), n_trials=1, catch=(Exception,)
+        )
+        return True
+
+    def _run_member(self, trial: optuna.Trial, device: jax.Device) -> float:
+        """Trains one member, and records what became of it."""
+        # From here on others may look for theirs.
+        self._looking.release()
+        try:
+            return self._train_member(trial, device)
+        finally:
+            self._looking.acquire()
+
+    def _train_member(self, trial: optuna.Trial, device: jax.Device) -> float:
+        programs = self._programs[device]
+        trial.set_user_attr(store.RUNNER, store.this_runner())
+        name = trial.user_attrs.get(store.MEMBER)
+        if name is None or store.is_duplicate(self._study, trial.number, name):
+            trial.set_user_attr(store.OUTCOME, store.DUPLICATE)
+            raise optuna.TrialPruned("another runner has this member")
+        fields = trial.user_attrs[store.FIELDS]
+        for field, value in fields.items():  # So that a dashboard can plot by it.
+            if isinstance(value, float):
+                trial.suggest_float(field, value, value)
+            elif isinstance(value, int) and not isinstance(value, bool):
+                trial.suggest_int(field, value, value)
+
+        def on_record(step: int, values: dict[str, float]) -> None:
+            if "test_error" in values:
+                trial.report(values["test_error"], step)
+            if self._stop.is_set():
+                raise _StoppedError
+
+        config = self._config_of(fields)
+        folder = self._workdir / MEMBERS / self._members[name].folder
+        begin, compiled = time.monotonic(), programs.step_compilations
+        try:
+            final = train(config, folder, programs=programs, on_record=on_record)
+        except DivergenceError as error:
+            self._record(trial, folder, store.DIVERGED, reason=str(error), step=error.step)
+            raise optuna.TrialPruned(str(error)) from error
+        except _StoppedError:
+            raise
+        except Exception as error:  # Whatever it is, the other members go on.
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+            self._record(trial, folder, store.FAILED, reason=reason)
+            raise
+        trial.set_user_attr(
+            store.COST,
+            {
+                "seconds": time.monotonic() - begin,
+                "step_compilations": programs.step_compilations - compiled,
+                "peak_bytes": _peak_bytes(device),
+            },
+        )
+        self._record(trial, folder, store.FINISHED)
+        return final["test_error"]
+
+    def _record(self, trial, folder, outcome: str, reason: str = "", step: int | None = None):
+        """Writes down how a member ended; the outcome last, for it makes the rest count."""
+        evaluations = [r for r in read_metrics(folder) if _is_evaluation(r)]
+        trial.set_user_attr(store.RECORDS, evaluations)
+        if reason:
+            trial.set_user_attr(store.REASON, reason)
+            trial.set_user_attr(store.STEP, step)
+        trial.set_user_attr(store.OUTCOME, outcome)
+
+    def _outcomes(self) -> Counter:
+        return Counter(store.outcome(t) for t in store.trials_by_member(self._study).values())
+
+    def _show_until_done(self, threads: Sequence[threading.Thread]) -> None:
+        """Shows how many members are done, running and failed, and the time left."""
+        console = Console(stderr=True)
+        told = {n for n, t in self._trials().items() if store.outcome(t) in ENDS}
+        progress = Progress(
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[states]}"),
+            TimeRemainingColumn(),
+            TextColumn("left"),
+            console=console,
+            speed_estimate_period=3600,
+        )
+        with progress:
+            task = progress.add_task("", total=len(self._members), completed=len(told), states="")
+            while True:
+                alive = any(thread.is_alive() for thread in threads)
+                trials = self._trials()
+                for name in [n for n in trials if n not in told]:
+                    if store.outcome(trials[name]) in ENDS:
+                        told.add(name)
+                        count = f"{len(told)}/{len(self._members)}"
+                        progress.console.print(
+                            f"{count} {_told(name, trials[name])}",
+                            highlight=False,
+                            markup=False,
+                            soft_wrap=True,
+                        )
+                counts = Counter(store.outcome(trial) for trial in trials.values())
+                shown = ("running", store.DIVERGED, store.FAILED)
+                states = ", ".join(f"{counts[s]} {s}" for s in shown if counts[s])
+                progress.update(task, completed=len(told), states=states)
+                if not alive:
+                    return
+                time.sleep(POLL_SECONDS / 2)
+
+    def _trials(self):
+        return store.trials_by_member(self._study)
+
+
+def _is_evaluation(record: dict[str, float]) -> bool:
+    return any(name.startswith(("test_", "shift_", "error_")) for name in record)
+
+
+def _told(name: str, trial: optuna.trial.FrozenTrial) -> str:
+    """Returns the line that says how a member ended."""
+    outcome = store.outcome(trial)
+    if outcome != store.FINISHED:
+        return f"{name}: {outcome}: {trial.user_attrs[store.REASON]}"
+    error = trial.user_attrs[store.RECORDS][-1]["test_error"]
+    return f"{name}: test error {error:.2%} in {trial.user_attrs[store.COST]['seconds']:.1f} s"
+
+
+def _peak_bytes(device: jax.Device) -> int:
+    """Returns the device's peak memory, or the process's where the device keeps no account."""
+    stats = device.memory_stats()
+    if stats and "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
