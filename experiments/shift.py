@@ -24,7 +24,6 @@ def get_sweep():
         axes={
             "statistics": {
                 "moving average": {"norm.name": "batch"},
-                "1 batch": {"norm.memory_size": 1},
                 "4 batches": {"norm.memory_size": 4},
                 "16 batches": {"norm.memory_size": 16},
                 "64 batches": {"norm.memory_size": 64},

@@ -278,6 +278,16 @@ def fields(config: ConfigDict) -> dict[str, Any]:
     return leaves
 
 
+def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
+    """Returns in words which `fields` differ, or '' where none do.
+
+    >>> changes({'seed': 0, 'batch_size': 2}, {'seed': 1, 'batch_size': 2})
+    'seed was 0 and is 1'
+    """
+    names = sorted(k for k in {**before, **now} if before.get(k) != now.get(k))
+    return ", ".join(f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in names)
+
+
 def traced_values(config: ConfigDict) -> dict[str, np.generic]:
     """Returns the values of the fields that a compiled program takes as data, by dotted name."""
     return {field: dtype(_lookup(config, field)) for field, dtype in TRACED.items()}

@@ -6,7 +6,7 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from mbn_jax.config import fields
+from mbn_jax.config import changes, fields
 from mbn_jax.errors import UserError
 
 CONFIG = "config.json"
@@ -18,12 +18,10 @@ def open_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
     make_folder(workdir)
     if not (workdir / CONFIG).exists():
         return
-    before, now = fields(load_config(workdir)), fields(config)
-    differing = sorted(k for k in before | now if before.get(k) != now.get(k))
+    differing = changes(fields(load_config(workdir)), fields(config))
     if differing:
-        changes = ", ".join(f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in differing)
         raise UserError(
-            f"{workdir} is a run of another config ({changes}); use another --workdir, or the "
+            f"{workdir} is a run of another config ({differing}); use another --workdir, or the "
             "config it was started with."
         )
 

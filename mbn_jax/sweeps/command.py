@@ -148,7 +148,10 @@ def report_sweep(workdir: pathlib.Path, storage: str | None = None) -> pathlib.P
     """
     if storage is None and not (workdir / store.STUDY).exists():
         raise UserError(f"{workdir} is not the folder of a sweep: it has no {store.STUDY}")
-    return write_all(workdir, store.open_study(workdir, storage))
+    study = store.open_study(workdir, storage)
+    if "sweep" not in study.user_attrs:
+        raise UserError(f"{workdir} has no sweep yet; start it with mbn-sweep")
+    return write_all(workdir, study)
 
 
 def write_all(workdir: pathlib.Path, study: optuna.Study) -> pathlib.Path:

@@ -180,11 +180,6 @@ class Sweep:
             raise UserError(f"the sweep's fields: {' '.join(str(error).split())}") from error
         return config
 
-    def memory_capacity(self, config: ConfigDict) -> int:
-        """Returns the slots that the largest memory needs, so that all can share a program."""
-        sizes = [m.fields.get("norm.memory_size", config.norm.memory_size) for m in self.members()]
-        return max([config.norm.memory_capacity, *sizes])
-
     def swept_fields(self, config: ConfigDict) -> list[str]:
         """Returns the fields in which members may differ, the seed apart."""
         named = {field: None for member in self.members() for field in member.fields}

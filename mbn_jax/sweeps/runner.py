@@ -55,7 +55,9 @@ class Runner:
         """
         self._members = {member.name: member for member in sweep.members()}
         self._config = config
-        self._capacity = sweep.memory_capacity(config)
+        # The slots that the largest memory needs: all can share a program.
+        norms = [member.config(config).norm for member in self.members]
+        self._capacity = max(max(n.memory_size, n.memory_capacity) for n in norms)
         self._workdir = workdir
         self._study: optuna.Study
         self.devices = devices or jax.local_devices()

@@ -8,6 +8,7 @@ its trial, `OUTCOME`; a trial that ended without one did not finish.
 import datetime
 import pathlib
 import platform
+import time
 import uuid
 import warnings
 from collections.abc import Sequence
@@ -15,10 +16,11 @@ from typing import Any
 
 import optuna
 import psutil
+import sqlalchemy.exc
 from ml_collections import ConfigDict
 from optuna.trial import FrozenTrial, TrialState
 
-from mbn_jax.config import fields
+from mbn_jax.config import changes, fields
 from mbn_jax.errors import UserError
 from mbn_jax.sweeps.declaration import Member
 
@@ -58,20 +60,32 @@ def open_study(workdir: pathlib.Path, storage: str | None = None) -> optuna.Stud
     # Heartbeats and what follows from them are experimental in name, for years.
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     url = storage or storage_url(workdir)
-    try:
-        database = optuna.storages.RDBStorage(
-            url,
-            heartbeat_interval=HEARTBEAT_SECONDS,
-            grace_period=GRACE_SECONDS,
-            # Of SQLite: seconds to wait for another writer.
-            engine_kwargs={"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None,
-        )
-        return optuna.create_study(
-            storage=database, study_name=workdir.absolute().name, load_if_exists=True
-        )
-    except (ImportError, ValueError, optuna.exceptions.StorageInternalError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"cannot open the sweep's database {url}: {reason}") from error
+    # Of SQLite: seconds to wait for another writer.
+    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None
+    for attempts_left in reversed(range(5)):
+        try:
+            database = optuna.storages.RDBStorage(
+                url,
+                heartbeat_interval=HEARTBEAT_SECONDS,
+                grace_period=GRACE_SECONDS,
+                engine_kwargs=options,
+            )
+            return optuna.create_study(
+                storage=database, study_name=workdir.absolute().name, load_if_exists=True
+            )
+        except (
+            ImportError,
+            ValueError,
+            sqlalchemy.exc.SQLAlchemyError,
+            optuna.exceptions.StorageInternalError,
+        ) as error:
+            # Two runners that start together may make the same tables; the second finds them.
+            if attempts_left and isinstance(error, sqlalchemy.exc.DBAPIError):
+                time.sleep(1)
+                continue
+            reason = " ".join(str(error).split())
+            raise UserError(f"cannot open the sweep's database {url}: {reason}") from error
+    raise AssertionError("unreachable")
 
 
 def check_config(study: optuna.Study, config: ConfigDict) -> None:
@@ -81,12 +95,11 @@ def check_config(study: optuna.Study, config: ConfigDict) -> None:
     if before is None:
         study.set_user_attr("config", now)
         return
-    differing = sorted(k for k in before | now if before.get(k) != now.get(k))
+    differing = changes(before, now)
     if differing:
-        changes = ", ".join(f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in differing)
         raise UserError(
-            f"the sweep in this workdir has another config ({changes}); use another --workdir, or "
-            "the config it was started with"
+            f"the sweep in this workdir has another config ({differing}); use another --workdir, "
+            "or the config it was started with"
         )
 
 
