@@ -54,7 +54,8 @@ def default_config() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.name = "convnet"
-    config.model.features = (16, 32, 32, 64)
+    config.model.features = (16, 32, 32, 64)  # Of 'convnet'.
+    config.model.zero_init_last_scale = False  # Of residual networks: blocks start as identity.
     config.model.dtype = "float32"  # Of the computation; parameters and statistics are float32.
 
     config.norm = ConfigDict()
@@ -63,13 +64,21 @@ def default_config() -> ConfigDict:
     config.norm.use_fast_variance = True
     config.norm.sync = "sync"  # Statistics over all devices, over groups, or 'local'.
     config.norm.sync_group_size = 1  # Devices a group, for 'group'.
-    config.norm.momentum = 0.9  # Of the moving averages of 'batch'.
+    config.norm.momentum = 0.9  # Of the moving averages of 'batch' and 'batch_renorm'.
+    config.norm.num_groups = 8  # Of 'group'.
     config.norm.memory_size = 64
     config.norm.memory_capacity = 0  # Slots to make room for; 0: norm.memory_size.
     config.norm.decay = 0.97
     config.norm.gradient = "auto"
     config.norm.r_max = 0.0  # Clipping of 'renorm'; 0: off.
     config.norm.d_max = 0.0
+
+    config.norm.batch_renorm = ConfigDict()
+    config.norm.batch_renorm.r_max = 3.0  # Limits of the correction, in the end;
+    config.norm.batch_renorm.d_max = 5.0
+    config.norm.batch_renorm.begin = 0.03  # none until this share of the run,
+    config.norm.batch_renorm.r_end = 0.25  # relaxed linearly until these.
+    config.norm.batch_renorm.d_end = 0.15
 
     config.double_forward = "rewrite"
     config.gradient_clip_norm = 0.0  # 0: off.
@@ -131,6 +140,7 @@ def validate(config: ConfigDict) -> None:
         "batch_size",
         "norm.memory_size",
         "norm.sync_group_size",
+        "norm.num_groups",
         "steps_per_dispatch",
         "eval_batch_size",
         "log_every_steps",
@@ -162,6 +172,15 @@ def validate(config: ConfigDict) -> None:
     _number(config, "norm.decay", "in (0, 1]", lambda value: 0 < value <= 1)
     _number(config, "seed", "below 2^31", lambda value: value < 2**31)
 
+    renorm = config.norm.batch_renorm
+    _number(config, "norm.batch_renorm.r_max", "1 or more", lambda value: value >= 1)
+    for field in ("d_max", "begin", "r_end", "d_end"):
+        _number(config, f"norm.batch_renorm.{field}", "0 or more", lambda value: value >= 0)
+    if renorm.begin > min(renorm.r_end, renorm.d_end):
+        raise UserError(
+            f"norm.batch_renorm.begin must be at most r_end={renorm.r_end} and d_end="
+            f"{renorm.d_end}, got {renorm.begin}."
+        )
     features = config.model.features
     if not features or any(not isinstance(f, int) or f < 1 for f in features):
         raise UserError(f"model.features must be whole numbers of 1 or more, got {features}.")

@@ -39,6 +39,7 @@ from mbn_jax.diagnostics import (
     update_shift,
 )
 from mbn_jax.double_forward import TrainState, make_train_step
+from mbn_jax.errors import UserError
 from mbn_jax.models import build_model
 from mbn_jax.norms import LAYERS, build_norm
 from mbn_jax.optimizers import build_optimizer, build_schedule
@@ -103,6 +104,14 @@ class Experiment:
         pixel_mean, pixel_std = pixel_statistics(train)
         experiment = cls(config, train, test, pixel_mean, pixel_std, num_devices)
         experiment.order(config)
+        try:
+            jax.eval_shape(experiment.initial_state, config_lib.traced_values(config))
+        except (ValueError, TypeError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"The network {config.model.name!r} with norm {config.norm.name!r} cannot take "
+                f"images of {train.image_shape}: {reason}"
+            ) from error
         return experiment
 
     @property
@@ -135,7 +144,7 @@ class Experiment:
 
     def model(self, values: Batch) -> nn.Module:
         """Returns the network, its memory by the size and decay of `values`."""
-        norm = build_norm(self._with(values), self.num_devices)
+        norm = build_norm(self._with(values), self.num_devices, self.total_steps)
         return build_model(self.config, num_classes=self.train.num_classes, norm=norm)
 
     def optimizer(self, values: Batch) -> optax.GradientTransformation:

@@ -101,7 +101,108 @@ def statistics_with_gradient(
     return value_and_gradient_of(mean, renorm_mean), value_and_gradient_of(var, renorm_var)
 
 
-class MemorizedBatchNorm(nn.Module):
+class BatchStatisticsNorm(nn.Module):
+    """What every layer shares that normalizes by statistics of batches; the options of flax's.
+
+    Attributes:
+      use_running_average: if True, normalize by what is kept and leave it alone; here or in the
+        call.
+      axis: the feature axis or axes; all others are reduced.
+      epsilon: added to the variance.
+      dtype: dtype of the result; default: from the input and the parameters. Statistics are always
+        float32 or wider (see `force_float32_reductions`).
+      param_dtype: dtype of scale and bias.
+      use_bias: add a learned bias.
+      use_scale: multiply by a learned scale.
+      bias_init: initializer of the bias.
+      scale_init: initializer of the scale.
+      axis_name: named axis over which the batch is spread; statistics are those of the whole batch.
+      axis_index_groups: groups of indices within that axis, each with statistics of its own.
+      use_fast_variance: moments in one pass around a guess of the mean (exact where the plain fast
+        variance cancels; the first batch is centred on its first element, or on 0 under
+        `axis_name`); False: in two passes.
+      force_float32_reductions: if False, statistics are kept in `param_dtype`.
+    """
+
+    use_running_average: bool | None = None
+    axis: int | Sequence[int] = -1
+    epsilon: float = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Any = initializers.zeros
+    scale_init: Any = initializers.ones
+    axis_name: AxisName | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
+
+    def __post_init__(self):
+        if self.axis_index_groups is not None and self.axis_name is None:
+            raise ValueError("axis_index_groups divides a named axis; give axis_name too.")
+        super().__post_init__()
+
+    def _input(self, x: Array) -> tuple[Array, tuple[int, ...], tuple[int, ...]]:
+        """Returns the input as an array, the axes to reduce and those of the features."""
+        x = jnp.asarray(x)
+        if not jnp.issubdtype(x.dtype, jnp.inexact):
+            raise ValueError(
+                f"{type(self).__name__} expected floating-point inputs, got {x.dtype}; cast them."
+            )
+        feature_axes = _canonicalize_axes(x.ndim, self.axis)
+        return x, tuple(i for i in range(x.ndim) if i not in feature_axes), feature_axes
+
+    def _statistics_dtypes(self, dtype) -> tuple[Any, Any]:
+        """Returns the dtypes of mean and variance for an input of `dtype`."""
+        var_dtype = self.param_dtype
+        if self.force_float32_reductions:
+            var_dtype = jnp.finfo(jnp.promote_types(self.dtype or dtype, jnp.float32)).dtype
+        mean_dtype = var_dtype
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            mean_dtype = jnp.promote_types(var_dtype, jnp.complex64)
+        return mean_dtype, var_dtype
+
+    def _batch_moments(self, x, axes, mask, mean: Array, is_known: Array) -> Moments:
+        """Computes the batch's moments; `mean` is a guess of theirs, good where `is_known`."""
+        synced = self.axis_name is not None and not self.is_initializing()
+        center = None
+        if self.use_fast_variance:
+            center = mean
+            if not synced:  # Devices must agree on it; their first elements do not.
+                first = first_element(x, axes, mask).astype(mean.dtype)
+                center = jnp.where(is_known, mean, first)
+        return batch_moments(
+            x,
+            axes,
+            dtype=self.dtype,
+            mask=mask,
+            axis_name=self.axis_name if synced else None,
+            axis_index_groups=self.axis_index_groups if synced else None,
+            center=center,
+            use_fast_variance=self.use_fast_variance,
+            force_float32_reductions=self.force_float32_reductions,
+        )
+
+    def _normalize(self, x, mean, var, axes, feature_axes) -> Array:
+        """Returns (x - mean) / sqrt(var + epsilon) * scale + bias, computed as flax does."""
+        feature_shape = tuple(x.shape[i] for i in feature_axes)
+        y = x - jnp.expand_dims(mean, axes)
+        multiplier = lax.rsqrt(jnp.expand_dims(var, axes) + jnp.asarray(self.epsilon, var.dtype))
+        args = [x]
+        if self.use_scale:
+            scale = self.param("scale", self.scale_init, feature_shape, self.param_dtype)
+            multiplier *= jnp.expand_dims(scale, axes)
+            args.append(scale)
+        y *= multiplier
+        if self.use_bias:
+            bias = self.param("bias", self.bias_init, feature_shape, self.param_dtype)
+            y += jnp.expand_dims(bias, axes)
+            args.append(bias)
+        return y.astype(dtypes.canonicalize_dtype(*args, dtype=self.dtype))
+
+
+class MemorizedBatchNorm(BatchStatisticsNorm):
     """Batch normalization by the pooled statistics of the last k mini-batches.
 
     Replaces `flax.linen.BatchNorm` by changing one name (and dropping `momentum`). In training, the
@@ -120,24 +221,7 @@ class MemorizedBatchNorm(nn.Module):
     Use with `mbn_jax.make_train_step`, or push without Double Forward in any train loop that keeps
     `batch_stats`.
 
-    Attributes:
-      use_running_average: if True, normalize by the memory as it is and leave it alone; here or in
-        the call.
-      axis: the feature axis or axes; all others are reduced.
-      epsilon: added to the variance.
-      dtype: dtype of the result; default: from the input and the parameters. Statistics are always
-        float32 or wider (see `force_float32_reductions`).
-      param_dtype: dtype of scale and bias.
-      use_bias: add a learned bias.
-      use_scale: multiply by a learned scale.
-      bias_init: initializer of the bias.
-      scale_init: initializer of the scale.
-      axis_name: named axis over which the batch is spread; statistics are those of the whole batch.
-      axis_index_groups: groups of indices within that axis, each with statistics of its own.
-      use_fast_variance: moments in one pass around the memory's own mean (exact where the plain
-        fast variance cancels; the first batch is centred on its first element, or on 0 under
-        `axis_name`); False: in two passes.
-      force_float32_reductions: if False, statistics are kept in `param_dtype`.
+    Attributes, beside those of flax's layer (`use_fast_variance` works around the memory's mean):
       memory_size: k, the batches in the pool, the current one included; 1 is batch normalization.
       decay: in (0, 1], weight of a slot against the next newer one; 1 weighs all equally.
       gradient: 'renorm' or 'through' (see `statistics_with_gradient`), or 'auto': 'through' where a
@@ -167,19 +251,6 @@ class MemorizedBatchNorm(nn.Module):
     [2.0, 0.0, 0.0, 0.0]
     """
 
-    use_running_average: bool | None = None
-    axis: int | Sequence[int] = -1
-    epsilon: float = 1e-5
-    dtype: Any = None
-    param_dtype: Any = jnp.float32
-    use_bias: bool = True
-    use_scale: bool = True
-    bias_init: Any = initializers.zeros
-    scale_init: Any = initializers.ones
-    axis_name: AxisName | None = None
-    axis_index_groups: Any = None
-    use_fast_variance: bool = True
-    force_float32_reductions: bool = True
     memory_size: int | Array = 64
     decay: float | Array = 0.97
     gradient: str = "auto"
@@ -215,13 +286,7 @@ class MemorizedBatchNorm(nn.Module):
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        x = jnp.asarray(x)
-        if not jnp.issubdtype(x.dtype, jnp.inexact):
-            raise ValueError(
-                f"MemorizedBatchNorm expected floating-point inputs, got {x.dtype}; cast them."
-            )
-        feature_axes = _canonicalize_axes(x.ndim, self.axis)
-        axes = tuple(i for i in range(x.ndim) if i not in feature_axes)
+        x, axes, feature_axes = self._input(x)
         feature_shape = tuple(x.shape[i] for i in feature_axes)
         memory = self._memory(feature_shape, x.dtype)
         slots = lax.stop_gradient(Moments(*(variable.value for variable in memory)))
@@ -232,23 +297,13 @@ class MemorizedBatchNorm(nn.Module):
         if use_running_average:
             mean, var = pooled(slots)
         else:
-            synced = self.axis_name is not None and not self.is_initializing()
-            batch = batch_moments(
-                x,
-                axes,
-                dtype=self.dtype,
-                mask=mask,
-                axis_name=self.axis_name if synced else None,
-                axis_index_groups=self.axis_index_groups if synced else None,
-                center=self._center(x, axes, mask, slots, pooled, synced),
-                use_fast_variance=self.use_fast_variance,
-                force_float32_reductions=self.force_float32_reductions,
-            )
+            guess, _ = pooled(slots)
+            batch = self._batch_moments(x, axes, mask, guess, slots.count[0] > 0)
             slots = push(slots, batch)
             mean, var = statistics_with_gradient(
                 batch,
                 *pooled(slots),
-                gradient=self._gradient_rule(x, axes, synced),
+                gradient=self._gradient_rule(x, axes),
                 epsilon=self.epsilon,
                 r_max=self.r_max,
                 d_max=self.d_max,
@@ -263,12 +318,7 @@ class MemorizedBatchNorm(nn.Module):
         """Declares the memory, empty at first, and checks one that was handed in."""
         capacity = self.memory_capacity or int(self.memory_size)
         shape = (capacity, *feature_shape)
-        var_dtype = self.param_dtype
-        if self.force_float32_reductions:
-            var_dtype = jnp.finfo(jnp.promote_types(self.dtype or dtype, jnp.float32)).dtype
-        mean_dtype = var_dtype
-        if jnp.issubdtype(dtype, jnp.complexfloating):
-            mean_dtype = jnp.promote_types(var_dtype, jnp.complex64)
+        mean_dtype, var_dtype = self._statistics_dtypes(dtype)
         count_dtype = jnp.promote_types(var_dtype, jnp.float32)
         memory = [
             self.variable("batch_stats", "mean", jnp.zeros, shape, mean_dtype),
@@ -290,47 +340,20 @@ class MemorizedBatchNorm(nn.Module):
             )
         return memory
 
-    def _center(self, x, axes, mask, slots, pooled, synced: bool) -> Array | None:
-        """Guesses the mean for one-pass moments: the memory's, or the first element at first."""
-        if not self.use_fast_variance:
-            return None
-        mean, _ = pooled(slots)
-        if synced:  # Devices must agree on it; their first elements do not.
-            return mean
-        first = first_element(x, axes, mask).astype(mean.dtype)
-        return jnp.where(slots.count[0] > 0, mean, first)
-
-    def _gradient_rule(self, x: Array, axes: tuple[int, ...], synced: bool) -> str:
+    def _gradient_rule(self, x: Array, axes: tuple[int, ...]) -> str:
         if self.gradient != "auto":
             return self.gradient
         values = math.prod(x.shape[axis] for axis in axes)
-        if synced:
+        if self.axis_name is not None and not self.is_initializing():
             values *= lax.psum(1, self.axis_name, axis_index_groups=self.axis_index_groups)
         return "through" if values <= 2 else "renorm"
-
-    def _normalize(self, x, mean, var, axes, feature_axes) -> Array:
-        """Returns (x - mean) / sqrt(var + epsilon) * scale + bias, computed as flax does."""
-        feature_shape = tuple(x.shape[i] for i in feature_axes)
-        y = x - jnp.expand_dims(mean, axes)
-        multiplier = lax.rsqrt(jnp.expand_dims(var, axes) + jnp.asarray(self.epsilon, var.dtype))
-        args = [x]
-        if self.use_scale:
-            scale = self.param("scale", self.scale_init, feature_shape, self.param_dtype)
-            multiplier *= jnp.expand_dims(scale, axes)
-            args.append(scale)
-        y *= multiplier
-        if self.use_bias:
-            bias = self.param("bias", self.bias_init, feature_shape, self.param_dtype)
-            y += jnp.expand_dims(bias, axes)
-            args.append(bias)
-        return y.astype(dtypes.canonicalize_dtype(*args, dtype=self.dtype))
 
 
 def _canonicalize_axes(rank: int, axis: int | Sequence[int]) -> tuple[int, ...]:
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     if any(not -rank <= a < rank for a in axes):
         raise ValueError(
-            f"MemorizedBatchNorm expected axis within the rank of its input, got axis={axis} "
+            f"The norm expected axis within the rank of its input, got axis={axis} "
             f"for an input of rank {rank}."
         )
     return tuple(sorted({a % rank for a in axes}))
@@ -357,8 +380,6 @@ def _check_options(layer: MemorizedBatchNorm) -> None:
         raise ValueError(f"decay must be in (0, 1], got {layer.decay}.")
     if layer.gradient not in GRADIENTS:
         raise ValueError(f"gradient must be one of {GRADIENTS}, got {layer.gradient!r}.")
-    if layer.axis_index_groups is not None and layer.axis_name is None:
-        raise ValueError("axis_index_groups divides a named axis; give axis_name too.")
     for name, least in (("r_max", 1), ("d_max", 0)):
         limit = getattr(layer, name)
         if limit is not None and layer.gradient != "renorm":

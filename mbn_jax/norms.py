@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from mbn_jax.batch_renorm import BatchRenorm, relaxed
 from mbn_jax.normalization import MemorizedBatchNorm
 from mbn_jax.parallel import AXIS_NAME
 
@@ -23,12 +24,13 @@ class Affine(nn.Module):
 
     use_running_average: bool | None = None
     dtype: jnp.dtype | None = None
+    scale_init: nn.initializers.Initializer = nn.initializers.ones
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """Returns x * scale + bias, for x `[..., channels]`."""
         shape = (x.shape[-1],)
-        scale = self.param("scale", nn.initializers.ones, shape)
+        scale = self.param("scale", self.scale_init, shape)
         bias = self.param("bias", nn.initializers.zeros, shape)
         broadcast = (1,) * (x.ndim - 1) + shape
         y = x * scale.reshape(broadcast) + bias.reshape(broadcast)
@@ -49,7 +51,7 @@ def _statistics_options(config: ConfigDict, num_devices: int) -> dict:
     return options
 
 
-def _memorized(config: ConfigDict, num_devices: int) -> Callable[..., nn.Module]:
+def _memorized(config: ConfigDict, num_devices: int, total_steps: int) -> Callable[..., nn.Module]:
     norm = config.norm
     return functools.partial(
         MemorizedBatchNorm,
@@ -63,33 +65,79 @@ def _memorized(config: ConfigDict, num_devices: int) -> Callable[..., nn.Module]
     )
 
 
-def _batch(config: ConfigDict, num_devices: int) -> Callable[..., nn.Module]:
+def _batch(config: ConfigDict, num_devices: int, total_steps: int) -> Callable[..., nn.Module]:
     options = _statistics_options(config, num_devices)
     return functools.partial(nn.BatchNorm, momentum=config.norm.momentum, **options)
 
 
-def _none(config: ConfigDict, num_devices: int) -> Callable[..., nn.Module]:
+def _batch_renorm(
+    config: ConfigDict, num_devices: int, total_steps: int
+) -> Callable[..., nn.Module]:
+    limits = config.norm.batch_renorm
+    begin = round(limits.begin * total_steps)
+
+    def until(end: float) -> int:
+        return max(1, round(end * total_steps) - begin)
+
+    return functools.partial(
+        BatchRenorm,
+        momentum=config.norm.momentum,
+        r_max=relaxed(1.0, limits.r_max, begin, until(limits.r_end)),
+        d_max=relaxed(0.0, limits.d_max, begin, until(limits.d_end)),
+        **_statistics_options(config, num_devices),
+    )
+
+
+def _without_statistics(make: Callable[[ConfigDict], Callable[..., nn.Module]]):
+    """Adapts a layer that has no statistics of batches, and so no `use_running_average`."""
+
+    def build(config: ConfigDict, num_devices: int, total_steps: int) -> Callable[..., nn.Module]:
+        layer = functools.partial(make(config), epsilon=config.norm.epsilon)
+        return lambda use_running_average=None, **options: layer(**options)
+
+    return build
+
+
+def _none(config: ConfigDict, num_devices: int, total_steps: int) -> Callable[..., nn.Module]:
     return Affine
 
 
-NORMS = {"memorized": _memorized, "batch": _batch, "none": _none}
-
-
-LAYERS = (MemorizedBatchNorm, nn.BatchNorm, Affine)
+NORMS = {
+    "memorized": _memorized,
+    "batch": _batch,
+    "batch_renorm": _batch_renorm,
+    "group": _without_statistics(
+        lambda config: functools.partial(nn.GroupNorm, num_groups=config.norm.num_groups)
+    ),
+    # Over channels and space, as is usual for convolutions.
+    "layer": _without_statistics(lambda config: functools.partial(nn.GroupNorm, num_groups=1)),
+    "instance": _without_statistics(lambda config: nn.InstanceNorm),
+    "none": _none,
+}
+LAYERS = (
+    MemorizedBatchNorm,
+    nn.BatchNorm,
+    BatchRenorm,
+    nn.GroupNorm,
+    nn.InstanceNorm,
+    Affine,
+)
 """The classes of the layers that `NORMS` makes."""
 
 
-def build_norm(config: ConfigDict, num_devices: int) -> Callable[..., nn.Module]:
+def build_norm(config: ConfigDict, num_devices: int, total_steps: int) -> Callable[..., nn.Module]:
     """Returns what makes the layers that `config.norm` describes.
 
     Args:
       config: of the run; `norm.memory_size` and `norm.decay` may be traced, where
         `norm.memory_capacity` is given.
       num_devices: over all hosts; `norm.sync='group'` divides them.
+      total_steps: of the run; schedules of a norm are shares of it.
 
     Returns:
-      A factory: `norm(use_running_average=..., dtype=...)` is a linen module.
+      A factory: `norm(use_running_average=..., scale_init=...)` is a linen module.
     """
     return functools.partial(
-        NORMS[config.norm.name](config, num_devices), dtype=jnp.dtype(config.model.dtype)
+        NORMS[config.norm.name](config, num_devices, total_steps),
+        dtype=jnp.dtype(config.model.dtype),
     )

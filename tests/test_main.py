@@ -10,7 +10,7 @@ import pytest
 from mbn_jax.config import default_config
 from mbn_jax.config_files import parse_config
 from mbn_jax.errors import UserError
-from mbn_jax.experiment import Experiment
+from mbn_jax.experiment import Program
 from mbn_jax.main import eval_command, train_command
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -33,7 +33,7 @@ DIGITS = str(ROOT / "configs" / "digits.py")
         (["--config.norm.r_max=2"], "need norm.gradient='renorm', got 'auto'"),
         (["--config.norm.name=memorised"], "norm.name must be .* Did you mean 'memorized'"),
         (["--config.norm.sync=all"], "norm.sync must be one of sync, group, local, got 'all'"),
-        (["--config.model.name=resnet"], "model.name must be one of convnet, got 'resnet'"),
+        (["--config.model.name=resnet"], "model.name must be one of convnet, .* got 'resnet'"),
         (["--config.double_forward=on"], "double_forward must be one of off, rewrite, got 'on'"),
         (["--config.batch_size=0"], "batch_size must be 1 or more, got 0"),
         (["--config.batch_size=12"], "divisible by the 8 devices, got 12"),
@@ -41,6 +41,12 @@ DIGITS = str(ROOT / "configs" / "digits.py")
         (["--config.norm.sync=group", "--config.norm.sync_group_size=3"], "must divide the 8"),
         (["--config.norm.sync=group", "--config.norm.sync_group_size=0"], "must be 1 or more"),
         (["--config.model.features=(0,)"], r"model.features must be whole .* got \(0,\)"),
+        (
+            ["--config.norm.name=group", "--config.norm.num_groups=5"],
+            r"norm 'group' cannot take images of \(8, 8, 1\): Number of groups \(5\) does not",
+        ),
+        (["--config.norm.batch_renorm.begin=0.5"], "begin must be at most r_end=0.25 and d_end"),
+        (["--config.norm.batch_renorm.r_max=0.5"], "batch_renorm.r_max must be 1 or more"),
         (["--config.model.features=()"], "model.features must be whole numbers of 1 or more"),
         (["--config.norm.memory_size=99999999999"], "norm.memory_size must be at most 65536"),
         (["--config.schedule.warmup_epochs=9"], "must be below num_epochs=8.0, got 9.0"),
@@ -64,10 +70,10 @@ DIGITS = str(ROOT / "configs" / "digits.py")
     ],
 )
 def test_mistakes_in_the_config(overrides, message, data_dir, tmp_path, monkeypatch):
-    def compile_nothing(self, values):
+    def compile_nothing(self, config):
         raise AssertionError("compiled before the check")
 
-    monkeypatch.setattr(Experiment, "initial_state", compile_nothing)
+    monkeypatch.setattr(Program, "initial_state", compile_nothing)
     fixed = ["--config.batch_size=16", f"--config.dataset.data_dir={data_dir}"]
     argv = [f"--config={DIGITS}", f"--workdir={tmp_path / 'run'}", *fixed, *overrides]
     with pytest.raises(UserError, match=message) as error:

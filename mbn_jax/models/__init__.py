@@ -8,8 +8,14 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from mbn_jax.models.convnet import ConvNet
+from mbn_jax.models.resnet import RESNETS
+from mbn_jax.models.vgg import VGG16
 
-MODELS = {"convnet": ConvNet}
+MODELS: dict[str, Callable[..., nn.Module]] = {
+    "convnet": ConvNet,
+    "vgg16": VGG16,
+    **RESNETS,
+}
 
 
 def build_model(
@@ -25,5 +31,10 @@ def build_model(
     Returns:
       A module called as `module(images, train=...)`.
     """
-    model = functools.partial(MODELS[config.model.name], features=tuple(config.model.features))
-    return model(num_classes=num_classes, norm=norm, dtype=jnp.dtype(config.model.dtype))
+    name = config.model.name
+    model = functools.partial(MODELS[name], dtype=jnp.dtype(config.model.dtype))
+    if name == "convnet":
+        model = functools.partial(model, features=tuple(config.model.features))
+    elif name in RESNETS:
+        model = functools.partial(model, zero_init_last_scale=config.model.zero_init_last_scale)
+    return model(num_classes=num_classes, norm=norm)

@@ -1,0 +1,129 @@
+"""Batch Renormalization as a drop-in for `flax.linen.BatchNorm`."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import lax
+
+from mbn_jax.normalization import BATCH_MOMENTS, BatchStatisticsNorm, statistics_with_gradient
+from mbn_jax.statistics import Array
+
+Limit = float | Array | Callable[[Array], Any]
+
+
+def relaxed(start: float, end: float, begin: int, steps: int) -> Callable[[Array], Array]:
+    """Returns a limit that stays at `start` for `begin` steps and is `end` after `steps` more.
+
+    >>> limit = relaxed(1.0, 3.0, begin=10, steps=20)
+    >>> [float(limit(jnp.array(step))) for step in (0, 10, 20, 30, 99)]
+    [1.0, 1.0, 2.0, 3.0, 3.0]
+    """
+
+    def limit(step: Array) -> Array:
+        return start + (end - start) * jnp.clip((step - begin) / steps, 0.0, 1.0)
+
+    return limit
+
+
+class BatchRenorm(BatchStatisticsNorm):
+    """Batch normalization corrected towards its moving averages, by a bounded amount.
+
+    With moving averages mu and sigma, batch mean mu_B and deviation sigma_B:
+
+        y = ((x - mu_B) / sigma_B * r + d) * scale + bias
+        r = clip(sigma_B / sigma, 1 / r_max, r_max)     d = clip((mu_B - mu) / sigma, -d_max, d_max)
+
+    r and d are constants to the gradient. The averages then move by 1 - `momentum` towards the
+    batch. Inference normalizes by mu and sigma; a training step does too wherever no limit binds.
+    `batch_stats` holds `mean` and `var` (sigma is averaged, its square is kept, so that the layer's
+    statistics read as those of `flax.linen.BatchNorm`) and `steps`, the batches seen.
+
+    Attributes, beside those of flax's layer:
+      momentum: of the moving averages.
+      r_max: 1 or more, a number or a function of the steps so far; 1 with `d_max` 0 is batch
+        normalization. The default is the paper's schedule, for runs of 100,000 steps and more.
+      d_max: 0 or more; likewise.
+
+    Raises:
+      ValueError: on construction, where an option is impossible.
+
+    References:
+      Ioffe, "Batch Renormalization", arXiv 1702.03275, Algorithm 1 and section 4.
+
+    >>> import jax
+    >>> layer = BatchRenorm(use_running_average=False, r_max=3.0, d_max=5.0)
+    >>> x = jnp.array([[1.0], [3.0]])
+    >>> variables = layer.init(jax.random.key(0), x)
+    >>> y, _ = layer.apply(variables, x, mutable=['batch_stats'])  # Averages: still 0 and 1.
+    >>> [round(float(value), 3) for value in y[:, 0]]
+    [1.0, 3.0]
+    """
+
+    momentum: float = 0.99
+    r_max: Limit = relaxed(1.0, 3.0, begin=5_000, steps=35_000)
+    d_max: Limit = relaxed(0.0, 5.0, begin=5_000, steps=20_000)
+
+    def __post_init__(self):
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}.")
+        for name, least in (("r_max", 1), ("d_max", 0)):
+            limit = getattr(self, name)
+            if isinstance(limit, int | float) and limit < least:
+                raise ValueError(f"{name} must be {least} or more, got {limit}.")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: Array | None = None,
+    ) -> Array:
+        """Normalizes `x`.
+
+        Args:
+          x: inputs, `[..., features]` or as `axis` says, floating point or complex.
+          use_running_average: as the attribute; give one of the two.
+          mask: boolean, broadcastable to `x`: the elements that count.
+
+        Returns:
+          Array of the shape of `x`.
+        """
+        use_running_average = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        x, axes, feature_axes = self._input(x)
+        shape = tuple(x.shape[i] for i in feature_axes)
+        mean_dtype, var_dtype = self._statistics_dtypes(x.dtype)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, mean_dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, shape, var_dtype)
+        steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
+        if use_running_average:
+            return self._normalize(x, mean.value, var.value, axes, feature_axes)
+        batch = self._batch_moments(x, axes, mask, mean.value, steps.value > 0)
+        used_mean, used_var = statistics_with_gradient(
+            batch,
+            mean.value,
+            var.value,
+            gradient="renorm",
+            epsilon=self.epsilon,
+            r_max=_at(self.r_max, steps.value),
+            d_max=_at(self.d_max, steps.value),
+        )
+        if not self.is_initializing():
+            self.sow(BATCH_MOMENTS, "moments", batch)
+            seen, rate = batch.count > 0, 1 - self.momentum
+            sigma = jnp.sqrt(var.value) + rate * (jnp.sqrt(batch.var) - jnp.sqrt(var.value))
+            new_mean = mean.value + rate * (batch.mean - mean.value)
+            new_mean = jnp.where(seen, new_mean, mean.value).astype(mean_dtype)
+            new_var = jnp.where(seen, lax.square(sigma), var.value).astype(var_dtype)
+            mean.value, var.value = lax.stop_gradient((new_mean, new_var))
+            steps.value = steps.value + 1
+        return self._normalize(x, used_mean, used_var, axes, feature_axes)
+
+
+def _at(limit: Limit, step: Array) -> Any:
+    return limit(step) if callable(limit) else limit

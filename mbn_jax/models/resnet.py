@@ -1,0 +1,163 @@
+"""Residual networks: for CIFAR as He et al. (2016) have them, and for ImageNet (v1.5)."""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+
+class BasicBlock(nn.Module):
+    """Two 3x3 convolutions and a shortcut.
+
+    Attributes:
+      features: channels.
+      stride: of the first convolution.
+      norm: makes a normalization layer; called with `use_running_average`.
+      shortcut: where the shape changes: 'pad' (option A: every other pixel, new channels 0, no
+        parameters) or 'projection' (option B: a strided 1x1 convolution and a norm).
+      zero_init_last_scale: start as the identity.
+      dtype: dtype of the computation.
+    """
+
+    features: int
+    stride: int
+    norm: Callable[..., nn.Module]
+    shortcut: str = "projection"
+    zero_init_last_scale: bool = False
+    dtype: Any = jnp.float32
+
+    expansion = 1
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Returns `[batch, height / stride, width / stride, features]`."""
+        conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
+        norm = functools.partial(self.norm, use_running_average=not train)
+        y = nn.relu(norm()(conv(self.features, (3, 3), self.stride)(x)))
+        y = norm(**_last_scale(self))(conv(self.features, (3, 3))(y))
+        return nn.relu(y + _shortcut(self, x, y.shape, train=train))
+
+
+class BottleneckBlock(nn.Module):
+    """1x1, 3x3 (strided: v1.5) and 1x1 convolutions and a shortcut; as `BasicBlock` otherwise."""
+
+    features: int
+    stride: int
+    norm: Callable[..., nn.Module]
+    shortcut: str = "projection"
+    zero_init_last_scale: bool = False
+    dtype: Any = jnp.float32
+
+    expansion = 4
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Returns `[batch, height / stride, width / stride, 4 features]`."""
+        conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
+        norm = functools.partial(self.norm, use_running_average=not train)
+        y = nn.relu(norm()(conv(self.features, (1, 1))(x)))
+        y = nn.relu(norm()(conv(self.features, (3, 3), self.stride)(y)))
+        y = norm(**_last_scale(self))(conv(4 * self.features, (1, 1))(y))
+        return nn.relu(y + _shortcut(self, x, y.shape, train=train))
+
+
+def _last_scale(block) -> dict[str, Any]:
+    return {"scale_init": nn.initializers.zeros} if block.zero_init_last_scale else {}
+
+
+def _shortcut(block, x: jax.Array, shape: Sequence[int], *, train: bool) -> jax.Array:
+    if x.shape == shape:
+        return x
+    if block.shortcut == "pad":
+        x = x[:, :: block.stride, :: block.stride]
+        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, shape[-1] - x.shape[-1])))
+    conv = nn.Conv(shape[-1], (1, 1), block.stride, use_bias=False, dtype=block.dtype)
+    return block.norm(use_running_average=not train)(conv(x))
+
+
+class ResNet(nn.Module):
+    """A residual network.
+
+    Attributes:
+      num_classes: outputs of the classifier.
+      norm: makes a normalization layer; called with `use_running_average`.
+      block: class of the blocks.
+      stage_sizes: blocks of each stage; every stage but the first halves the image.
+      features: channels of the first stage; each further one has twice as many.
+      large_images: begin with a strided 7x7 convolution and pooling (ImageNet), not 3x3 (CIFAR).
+      shortcut: of the blocks, 'pad' or 'projection'.
+      zero_init_last_scale: of the blocks.
+      dtype: dtype of the computation.
+
+    References:
+      He, Zhang, Ren, Sun, "Deep Residual Learning for Image Recognition", CVPR 2016; section 4.2
+      for CIFAR. v1.5 strides in the 3x3 convolution of a bottleneck.
+
+    >>> model = ResNet(10, nn.BatchNorm, BasicBlock, (1, 1, 1), features=16, shortcut='pad')
+    >>> images = jnp.zeros((1, 16, 16, 3))
+    >>> logits, _ = model.init_with_output(jax.random.key(0), images, train=False)
+    >>> logits.shape
+    (1, 10)
+    """
+
+    num_classes: int
+    norm: Callable[..., nn.Module]
+    block: Any
+    stage_sizes: Sequence[int]
+    features: int = 64
+    large_images: bool = False
+    shortcut: str = "projection"
+    zero_init_last_scale: bool = False
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
+        """Returns float32 logits `[batch, classes]` for `[batch, height, width, channels]`."""
+        conv = functools.partial(nn.Conv, self.features, use_bias=False, dtype=self.dtype)
+        x = x.astype(self.dtype)
+        x = conv((7, 7), 2, padding=3)(x) if self.large_images else conv((3, 3))(x)
+        x = nn.relu(self.norm(use_running_average=not train)(x))
+        if self.large_images:
+            x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
+        for stage, size in enumerate(self.stage_sizes):
+            for i in range(size):
+                x = self.block(
+                    self.features * 2**stage,
+                    2 if stage and i == 0 else 1,
+                    self.norm,
+                    self.shortcut,
+                    self.zero_init_last_scale,
+                    self.dtype,
+                )(x, train=train)
+        x = x.mean((1, 2))
+        return nn.Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)
+
+
+def cifar_resnet(depth: int) -> Callable[..., ResNet]:
+    """Returns the CIFAR network of 6n + 2 layers, with parameter-free shortcuts (option A).
+
+    >>> cifar_resnet(20)(num_classes=10, norm=nn.BatchNorm).stage_sizes
+    (3, 3, 3)
+    """
+    return functools.partial(
+        ResNet,
+        block=BasicBlock,
+        stage_sizes=((depth - 2) // 6,) * 3,
+        features=16,
+        shortcut="pad",
+    )
+
+
+RESNETS = {f"cifar_resnet{depth}": cifar_resnet(depth) for depth in (8, 20, 32, 44, 56, 110)} | {
+    f"resnet{depth}": functools.partial(
+        ResNet, block=block, stage_sizes=stage_sizes, large_images=True
+    )
+    for depth, block, stage_sizes in (
+        (18, BasicBlock, (2, 2, 2, 2)),
+        (34, BasicBlock, (3, 4, 6, 3)),
+        (50, BottleneckBlock, (3, 4, 6, 3)),
+    )
+}
