@@ -300,9 +300,13 @@ def fields(config: ConfigDict) -> dict[str, Any]:
 def changes(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
     """Returns in words which `fields` differ, or '' where none do.
 
-    >>> changes({'seed': 0, 'batch_size': 2}, {'seed': 1, 'batch_size': 2})
-    'seed was 0 and is 1'
+    A field that did not exist before had its default.
+
+    >>> now = fields(default_config())
+    >>> changes({**now, 'seed': 3}, now)
+    'seed was 3 and is 0'
     """
+    before = {**fields(default_config()), **before}
     names = sorted(k for k in {**before, **now} if before.get(k) != now.get(k))
     return ", ".join(f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in names)
 

@@ -6,7 +6,7 @@ import pathlib
 
 from ml_collections import ConfigDict
 
-from mbn_jax.config import changes, fields
+from mbn_jax.config import changes, default_config, fields
 from mbn_jax.errors import UserError
 
 CONFIG = "config.json"
@@ -45,9 +45,16 @@ def save_config(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 
 def load_config(workdir: pathlib.Path) -> ConfigDict:
-    """Reads the configuration of a run; raises UserError where there is none."""
+    """Reads the configuration of a run; raises UserError where there is none.
+
+    A field that did not exist when it was written has its default.
+    """
     try:
-        return ConfigDict(json.loads((workdir / CONFIG).read_text()))
+        stored = json.loads((workdir / CONFIG).read_text())
+        config = default_config()
+        with config.ignore_type(), config.unlocked():  # JSON has lists for tuples.
+            config.update(stored)
+        return config
     except OSError as error:
         raise UserError(f"{workdir} is not the folder of a run: it has no {CONFIG}.") from error
     except ValueError as error:

@@ -226,6 +226,19 @@ def test_a_run_without_its_records_says_how_to_evaluate_it(config, tmp_path):
     assert train(config, tmp_path) == {}
 
 
+def test_a_workdir_from_before_a_field_existed_is_that_of_its_default(config, tmp_path):
+    config.num_epochs = 0.1
+    values = train(config, tmp_path)
+    stored = json.loads((tmp_path / "config.json").read_text())
+    del stored["norm"]["gradient"]
+    (tmp_path / "config.json").write_text(json.dumps(stored))
+    assert train(config, tmp_path) == values
+    assert evaluate_run(tmp_path)["error"] == values["test_error"]
+    config.norm.gradient = "renorm"
+    with pytest.raises(UserError, match=r"norm\.gradient was 'auto' and is 'renorm'"):
+        train(config, tmp_path)
+
+
 def test_a_workdir_of_another_config_is_refused(config, tmp_path):
     config.num_epochs = 0.5
     train(config, tmp_path)
