@@ -81,20 +81,20 @@ def memory_distance(batch_stats: PyTree, memory_size: int, decay: float) -> dict
 
 @contextlib.contextmanager
 def record_norm_inputs(
-    layer_types: tuple[type[nn.Module], ...], layers: str, moments: Callable[[Array], Moments]
-) -> Iterator[dict[str, Moments]]:
+    layer_types: tuple[type[nn.Module], ...], layers: str, moments: Callable[[Array], Any]
+) -> Iterator[dict[str, Any]]:
     """Records the moments of what goes into the normalization layers of any model.
 
     Args:
       layer_types: the classes that are normalization layers.
       layers: regular expression; a layer counts whose path has a match of it.
-      moments: computes the moments `[*F]` of an input.
+      moments: of an input, or whatever else of it is wanted.
 
     Yields:
       A dict that `model.apply` within the block fills, by the layer's path; further calls of a
       layer get '#1', '#2'.
     """
-    recorded: dict[str, Moments] = {}
+    recorded: dict[str, Any] = {}
     wanted = re.compile(layers)
 
     def interceptor(call, args, kwargs, context):

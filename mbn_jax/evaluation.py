@@ -2,6 +2,8 @@
 
 import pathlib
 
+import jax
+
 from mbn_jax.checkpoints import Checkpoints
 from mbn_jax.errors import UserError
 from mbn_jax.experiment import Programs, load_dataset_split
@@ -22,12 +24,16 @@ def evaluate_run(workdir: pathlib.Path, split: str | None = None) -> dict[str, f
       UserError: where there is no run or no sound checkpoint.
     """
     config = load_config(workdir)
-    program = Programs().get(config)
+    # Made on fewer devices, it need not fit these.
+    fits = config.batch_size % jax.device_count() == 0
+    program = Programs(None if fits else jax.local_devices()[:1]).get(config)
     experiment = program.experiment
     checkpoints = Checkpoints(workdir / CHECKPOINTS)
     try:
         state = checkpoints.restore(
-            program.initial_state(config), local_statistics=experiment.local_statistics
+            program.initial_state(config),
+            local_statistics=experiment.local_statistics,
+            devices=program.devices,
         )
     finally:
         checkpoints.close()

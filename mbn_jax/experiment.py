@@ -105,13 +105,19 @@ class Experiment:
         experiment = cls(config, train, test, pixel_mean, pixel_std, num_devices)
         experiment.order(config)
         try:
-            jax.eval_shape(experiment.initial_state, config_lib.traced_values(config))
+            with record_norm_inputs(LAYERS, config.shift.layers, jnp.shape) as layers:
+                jax.eval_shape(experiment.initial_state, config_lib.traced_values(config))
         except (ValueError, TypeError) as error:
             reason = " ".join(str(error).split())
             raise UserError(
                 f"The network {config.model.name!r} with norm {config.norm.name!r} cannot take "
                 f"images of {train.image_shape}: {reason}"
             ) from error
+        if config.shift.every_steps and not layers:
+            raise UserError(
+                f"shift.layers={config.shift.layers!r} matches no normalization layer of "
+                f"{config.model.name!r}; '' matches all."
+            )
         return experiment
 
     @property

@@ -102,6 +102,7 @@ results.csv, results.parquet, and what mbn-report writes.""",
     parser.add_argument("--workdir", help="folder of the sweep; made if missing")
     parser.add_argument("--seeds", type=int, help="how many; default: what the file says")
     parser.add_argument("--dry_run", action="store_true", help="show the members and the time")
+    parser.add_argument("--retry_failed", action="store_true", help="run failed members again")
     parser.add_argument(
         "--storage", help="database for several machines, postgresql://...; default: in the workdir"
     )
@@ -122,7 +123,14 @@ results.csv, results.parquet, and what mbn-report writes.""",
     if args.dry_run:
         print(dry_run(args.experiment, overrides, args.seeds, workdir))
         return 0
-    runner, study = open_sweep(args.experiment, overrides, args.seeds, workdir, args.storage)
+    runner, study = open_sweep(
+        args.experiment,
+        overrides,
+        args.seeds,
+        workdir,
+        args.storage,
+        retry_failed=args.retry_failed,
+    )
     outcomes = run_sweep(workdir, runner, study)
     told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
     print(f"{told}; results in {args.workdir}/results.csv, report in {args.workdir}/report.html")

@@ -179,15 +179,25 @@ def _run(
         clock = time.monotonic()
 
 
-def seconds_per_step(program: Program, config: ConfigDict, seconds: float) -> float:
-    """Measures a training step, after its compilation, for so many seconds."""
+def estimate_seconds(program: Program, config: ConfigDict, seconds: float) -> float:
+    """Estimates the time of a run from a short one, compilation and checkpoints apart.
+
+    Args:
+      program: that serves the config.
+      config: of the run.
+      seconds: how long to measure the step for.
+
+    Returns:
+      Seconds for its steps, evaluations and measurements of the shift.
+    """
+    experiment = program.experiment
+    total_steps = experiment.total_steps
     values = replicate(traced_values(config), program.devices)
     state = replicate(program.initial_state(config), program.devices)
-    data = program.data(program.experiment.train)
-    blocks = _blocks(program, config, 0)
-    stride = min(config.steps_per_dispatch, program.experiment.total_steps)
+    data = program.data(experiment.train)
+    stride = min(config.steps_per_dispatch, total_steps)
     dispatch = program.dispatch(stride)
-    block, _ = next(blocks)
+    block, _ = next(_blocks(program, config, 0))
     state, _ = dispatch(state, values, data, block)
     jax.block_until_ready(state)
     steps, begin = 0, time.monotonic()
@@ -197,7 +207,21 @@ def seconds_per_step(program: Program, config: ConfigDict, seconds: float) -> fl
         state, _ = dispatch(state, values, data, block)
         jax.block_until_ready(state)
         steps += stride
-    return (time.monotonic() - begin) / steps
+    total = (time.monotonic() - begin) / steps * total_steps
+
+    def time_of_second(call: Callable[[], Any]) -> float:
+        call()  # Compiles.
+        begin = time.monotonic()
+        call()
+        return time.monotonic() - begin
+
+    epoch = steps_per_epoch(config, len(experiment.train))
+    evaluation = time_of_second(lambda: program.evaluate(config, state))
+    total += evaluation * -(-total_steps // (config.eval_every_steps or epoch))
+    if config.shift.every_steps:
+        measurement = time_of_second(lambda: program.measure_shift(config, state, None))
+        total += measurement * (total_steps // config.shift.every_steps)
+    return total
 
 
 def _blocks(program: Program, config: ConfigDict, first_step: int) -> Iterator[tuple[Batch, int]]:

@@ -36,12 +36,17 @@ def make_folder(workdir: pathlib.Path) -> None:
 
 def save_config(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Writes the resolved configuration as `config.json`, whole or not at all."""
-    temporary = workdir / f"{CONFIG}.new"
+    replace(workdir / CONFIG, (config.to_json(indent=1) + "\n").encode())
+
+
+def replace(path: pathlib.Path, content: bytes) -> None:
+    """Writes a file whole or not at all, whoever else writes it; raises UserError."""
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
     try:
-        temporary.write_text(config.to_json(indent=1) + "\n")
-        os.replace(temporary, workdir / CONFIG)
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
     except OSError as error:
-        raise _cannot_write(workdir, error) from error
+        raise _cannot_write(path.parent, error) from error
 
 
 def load_config(workdir: pathlib.Path) -> ConfigDict:

@@ -45,6 +45,13 @@ DIGITS = str(ROOT / "configs" / "digits.py")
             ["--config.norm.name=group", "--config.norm.num_groups=5"],
             r"norm 'group' cannot take images of \(8, 8, 1\): Number of groups \(5\) does not",
         ),
+        (
+            ["--config.shift.every_steps=5", "--config.shift.layers=Norm_9"],
+            "shift.layers='Norm_9' matches no normalization layer of 'convnet'",
+        ),
+        (["--config.shift.layers=("], r"shift.layers must be a regular expression, got '\('"),
+        (["--config.dataset.classes_per_batch=5"], "must divide batch_size=16, got 5"),
+        (["--config.norm.memory_capacity=5"], "at least norm.memory_size=64"),
         (["--config.norm.batch_renorm.begin=0.5"], "begin must be at most r_end=0.25 and d_end"),
         (["--config.norm.batch_renorm.r_max=0.5"], "batch_renorm.r_max must be 1 or more"),
         (["--config.model.features=()"], "model.features must be whole numbers of 1 or more"),

@@ -79,6 +79,7 @@ def test_the_page_stands_alone(workdir):
     assert page.count('src="data:image/png;base64,') == 3
     assert not re.findall(r'(?:src|href)="(?!data:)', page)
     assert "nan &lt;&amp;&gt;" in page
+    assert "No figure of not_measured: nothing has measured it yet." in page
     assert 'name="viewport"' in page
     assert page.count("<tr>") == page.count("</tr>")
 

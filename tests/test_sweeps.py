@@ -24,7 +24,7 @@ from mbn_jax.reporting import read_metrics
 from mbn_jax.sweeps import Figure, Sweep
 from mbn_jax.sweeps import runner as runner_module
 from mbn_jax.sweeps import storage as store
-from mbn_jax.sweeps.command import open_sweep, run_sweep
+from mbn_jax.sweeps.command import load_sweep, open_sweep, run_sweep
 from mbn_jax.sweeps.declaration import Member
 from mbn_jax.sweeps.results import read_results, summarize
 from mbn_jax.train import train
@@ -190,9 +190,15 @@ def test_what_diverges_or_fails_is_recorded_and_the_rest_goes_on(
     assert table["failed"].tolist() == [0, 0, 2]
     page = (workdir / "report.html").read_text()
     assert "MemoryError: no room left" in page
-    # What has ended is not run again.
+    # What has ended is not run again,
     monkeypatch.setattr(runner_module, "train", None)
     assert sweep_command([path, f"--workdir={workdir}"]) == 1
+    # unless it failed, and one asks for it.
+    monkeypatch.setattr(runner_module, "train", train)
+    assert sweep_command([path, f"--workdir={workdir}", "--retry_failed"]) == 0
+    results = results_of(workdir).query("last").set_index(["norm", "seed"])
+    assert results.loc["broken", "outcome"].tolist() == ["finished"] * 2
+    assert results.loc["bad", "outcome"].tolist() == ["diverged"] * 2
 
 
 def test_more_members_can_be_added_later(write_sweep, tmp_path):
@@ -208,6 +214,119 @@ def test_more_members_can_be_added_later(write_sweep, tmp_path):
     )
     with pytest.raises(UserError, match="has 4 members that the experiment no longer declares"):
         run(write_sweep({"norm.memory_size": (1, 4)}), [], 2, workdir)
+    # Refused, it left no trace: the report is that of all members.
+    assert report_command([str(workdir)]) == 0
+    assert "| 8 |" in (workdir / "report.md").read_text()
+
+
+def test_a_member_in_work_keeps_its_capacity_when_larger_memories_are_added(
+    write_sweep, tmp_path, monkeypatch
+):
+    workdir = tmp_path / "sweep"
+    runner, study = open_sweep(
+        write_sweep({"norm.memory_size": (1, 4)}), [], None, workdir, devices=jax.devices()[:1]
+    )
+
+    def stop_later(config, *args, **kwargs):
+        runner._stop.set()
+        return train(config, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runner_module, "train", stop_later)
+        runner.run(study)
+    assert store.outcome(study.get_trials()[0]) == "fail"
+    assert run(write_sweep({"norm.memory_size": (1, 4, 8)}), [], None, workdir) == {"finished": 3}
+    capacity = {
+        json.loads(name)["norm.memory_size"]: t.user_attrs[store.FIELDS]["norm.memory_capacity"]
+        for name, t in store.trials_by_member(study).items()
+    }
+    assert capacity == {1: 4, 4: 4, 8: 8}
+
+
+def test_another_meaning_of_a_variant_is_refused(write_sweep, tmp_path):
+    workdir = tmp_path / "sweep"
+    run(write_sweep({"rate": {"low": {"optimizer.learning_rate": 0.01}}}), [], None, workdir)
+    with pytest.raises(UserError, match=r"ran .*low.* with .*0\.01.* now declares with .*0\.02"):
+        run(write_sweep({"rate": {"low": {"optimizer.learning_rate": 0.02}}}), [], 2, workdir)
+
+
+def test_a_sweep_may_move_to_another_folder(write_sweep, tmp_path, monkeypatch):
+    path = write_sweep({"norm.memory_size": (1, 4)})
+    run(path, [], None, tmp_path / "here")
+    (tmp_path / "here").rename(tmp_path / "there")
+    monkeypatch.setattr(runner_module, "train", None)
+    assert run(path, [], None, tmp_path / "there") == {"finished": 2}
+
+
+def test_a_whole_number_among_fractions_is_a_fraction(write_sweep, tmp_path):
+    axes = {"optimizer.weight_decay": (0, 0.1), "norm.decay": (1, 0.5)}
+    assert run(write_sweep(axes), [], None, tmp_path / "sweep") == {"finished": 4}
+
+
+def test_names_that_folders_cannot_have_are_told_apart():
+    names = [Member({"v": v}, 0, {}).folder for v in ("a b", "a_b", "a (b", "x" * 300, "x" * 299)]
+    assert len(set(names)) == 5
+    assert max(map(len, names)) < 200
+    assert names[1] == "v=a_b,seed=0"
+
+
+def test_only_one_process_claims_a_trial(tmp_path):
+    study = store.open_study(tmp_path)
+    for i in range(60):
+        study.enqueue_trial({}, user_attrs={store.MEMBER: str(i)})
+    code = (
+        "import pathlib, sys, warnings; warnings.simplefilter('ignore')\n"
+        "from mbn_jax.sweeps import storage\n"
+        "study = storage.open_study(pathlib.Path(sys.argv[1]))\n"
+        "print('ready', flush=True); sys.stdin.readline()\n"
+        "while (trial := study.ask()).user_attrs: print(trial.number, flush=True)\n"
+    )
+    claimants = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for _ in range(3)
+    ]
+    for process in claimants:
+        assert process.stdout.readline() == "ready\n"
+    for process in claimants:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    claimed = [process.communicate(timeout=120)[0].split() for process in claimants]
+    assert sorted(int(number) for numbers in claimed for number in numbers) == list(range(60))
+    assert sum(bool(numbers) for numbers in claimed) > 1  # They did meet.
+
+
+def test_a_runner_whose_member_was_taken_over_goes_on(write_sweep, tmp_path, monkeypatch):
+    """As after the sleep of a laptop: heartbeats were missed, another runner has the member."""
+    path = write_sweep({"norm.memory_size": (1, 4)})
+    runner, study = open_sweep(path, [], None, tmp_path / "sweep", devices=jax.devices()[:1])
+    taken = []
+
+    def take_over(config, *args, **kwargs):
+        if not taken:
+            (trial,) = study.get_trials(states=(TrialState.RUNNING,))
+            study.tell(trial.number, state=TrialState.FAIL)
+            taken.append(trial.number)
+        return train(config, *args, **kwargs)
+
+    monkeypatch.setattr(runner_module, "train", take_over)
+    assert runner.run(study) == {"finished": 2}
+    states = [store.outcome(trial) for trial in study.get_trials()]
+    assert states == ["fail", "finished", "finished"]
+
+
+def test_a_folder_has_one_writer(tmp_path):
+    with store.only_one(tmp_path / "run", give_up=lambda: False) as first:
+        assert first
+        answers = iter([False, True])
+        with store.only_one(tmp_path / "run", give_up=lambda: next(answers)) as second:
+            assert not second
+    with store.only_one(tmp_path / "run", give_up=lambda: False) as again:
+        assert again
 
 
 def test_a_sweep_of_another_config_is_refused(write_sweep, tmp_path):
@@ -269,7 +388,7 @@ def test_members_of_runners_that_are_gone_are_given_up(tmp_path, monkeypatch):
     assert len(study.get_trials()) == 5  # Once is enough.
     gone, alive, elsewhere, _ = (study.ask() for _ in range(4))
     here = store.this_runner()
-    gone.set_user_attr(store.RUNNER, here | {"started": here["started"] - 1})  # Its id, reused.
+    gone.set_user_attr(store.RUNNER, here | {"started": "1"})  # Its id, reused.
     alive.set_user_attr(store.RUNNER, here)
     elsewhere.set_user_attr(store.RUNNER, here | {"host": "another", "pid": -1})
     store.give_up_stale(study)
@@ -328,9 +447,8 @@ def test_results_are_one_tidy_table(write_sweep, tmp_path):
     workdir = tmp_path / "sweep"
     run(write_sweep(axes, seeds=2), ["--config.num_epochs=0.5"], None, workdir)
     table = pd.read_csv(workdir / "results.csv")
-    pd.testing.assert_frame_equal(
-        table, pd.read_parquet(workdir / "results.parquet"), check_dtype=False
-    )
+    parquet = pd.read_parquet(workdir / "results.parquet").fillna(np.nan)
+    pd.testing.assert_frame_equal(table, parquet, check_dtype=False)
     assert len(table) == 8
     assert table["last"].all()
     small = table[table["variant"] == "small"]
@@ -340,6 +458,21 @@ def test_results_are_one_tidy_table(write_sweep, tmp_path):
     assert set(table["dataset.flip"]) == {False, True}
     assert set(table["step"]) == {5}
     assert table["test_error"].between(0, 1).all()
+
+
+def test_a_summary_takes_the_last_value_that_was_measured():
+    rows = [
+        ("a", 0, "finished", False, 1.0),
+        ("a", 0, "finished", True, np.nan),
+        ("a", 1, "finished", False, 2.0),
+        ("a", 1, "finished", True, 3.0),
+        ("a", 2, "finished", True, np.nan),
+    ]
+    results = pd.DataFrame(rows, columns=["x", "seed", "outcome", "last", "value"])
+    (row,) = summarize(results, {"x": ["a"]}, "value", {}).to_dict("records")
+    # 1 degree of freedom: a seed without the metric has no part in it.
+    assert (row["mean"], row["seeds"]) == (2.0, 2)
+    assert row["interval"] == pytest.approx(12.7062, rel=1e-5)
 
 
 def test_summary_against_numbers_by_hand():
@@ -386,16 +519,20 @@ def test_dry_run_shows_the_members_and_writes_nothing(write_sweep, tmp_path, cap
         ({"norm.decay": (1.0, 1.0)}, [], "axis 'norm.decay' has a value twice"),
         ({"norm.decay": ()}, [], "cannot have the axis 'norm.decay' with 0 values"),
         ({"seed": (1,)}, [], "cannot have the axis 'seed'"),
+        ({"outcome": {"a": {}}}, [], "cannot have the axis 'outcome'"),
+        ({"model.features": ((4, 4), (8, 8))}, [], r"named variants.*got \(4, 4\) of tuple"),
+        ({"variant": {"a": 1}}, [], "each a dict of fields; got 1 of int"),
         (
             {"norm.decay": (1.0,), "v": {"a": {"norm.decay": 0.5}}},
             [],
             "two axes set the field norm.decay",
         ),
-        ({"norm.decay": (1.0,)}, ["--config.norm.decay=0.5"], "is set by an axis"),
+        ({"norm.decay": (1.0,)}, ["--config.norm.decay=0.5"], "is set by the axes"),
         ({"norm.decay": (1.0,)}, ["--config.norm.deca=0.5"], "did you mean norm.decay"),
         ({"norm.decay": (1.0,)}, ["--seeds=0"], "1 seed or more, got 0"),
         ({"norm.decay": (1.0,)}, ["--storage=nowhere://x"], "cannot open the sweep's database"),
         ({"norm.decay": (1.0,)}, ["--sedes=2"], "unknown argument --sedes=2"),
+        ({"norm.decay": (1.0,)}, ["--config.dataset.name", "digit"], "no data set 'digit'"),
         ({"dataset.name": ("digit",)}, [], "TFDS has no data set 'digit'"),
     ],
 )
@@ -415,6 +552,7 @@ def test_mistakes_are_one_sentence_before_anything_runs(
         ({"baseline": {"decay": 0.5}}, "baseline: 0.5 is not on an axis 'decay'"),
         ({"figures": [Figure(x="decay")]}, "must give each axis of .* a place"),
         ({"figures": [Figure(x="step")]}, "must give each axis of .* a place"),
+        ({"figures": [Figure(x="norm.decay", over_steps="avg")]}, "'last' or 'mean', got 'avg'"),
         ({"axes": {}}, "needs configs and axes"),
     ],
 )
@@ -428,6 +566,28 @@ def test_a_report_needs_a_sweep(tmp_path):
     with pytest.raises(UserError, match="is not the folder of a sweep"):
         report_command([str(tmp_path)])
     assert not list(tmp_path.iterdir())
+    store.open_study(tmp_path)
+    with pytest.raises(UserError, match="has no members yet; start the sweep with mbn-sweep"):
+        report_command([str(tmp_path)])
+    with pytest.raises(UserError, match="has no sweep called"):
+        report_command([str(tmp_path), f"--storage=sqlite:///{tmp_path}/other.db"])
+
+
+def test_the_data_set_picks_the_config(write_sweep, tmp_path):
+    path = write_sweep({"norm.decay": (1.0,)})
+    (tmp_path / "other.py").write_text(
+        "from mbn_jax.config import default_config\n"
+        "def get_config():\n  config = default_config()\n  config.batch_size = 4\n"
+        "  config.dataset.name = 'other'\n  return config\n"
+    )
+    text = (tmp_path / "experiment.py").read_text()
+    text = text.replace("{'digits': 'config.py'}", "{'digits': 'config.py', 'other': 'other.py'}")
+    (tmp_path / "experiment.py").write_text(text)
+    for overrides in (["--config.dataset.name=other"], ["--config.dataset.name", "other"]):
+        _, config = load_sweep(path, [*overrides, "--config.num_epochs=3"], None)
+        assert (config.dataset.name, config.batch_size, config.num_epochs) == ("other", 4, 3)
+    _, config = load_sweep(path, [], None)
+    assert (config.dataset.name, config.batch_size) == ("digits", 16)
 
 
 def test_a_file_that_is_no_experiment(tmp_path):

@@ -137,7 +137,7 @@ def evaluation_batches(
     Args:
       split: what to read.
       batch_size: global, a multiple of `process_count`.
-      num_examples: only so many of the first; 0: all.
+      num_examples: only so many, evenly spaced; 0: all.
       process_index: of this host.
       process_count: number of hosts.
 
@@ -147,9 +147,10 @@ def evaluation_batches(
     """
     local = batch_size // process_count
     count = min(num_examples or len(split), len(split))
+    examples = np.linspace(0, len(split) - 1, count).round().astype(np.int32)
     for start in range(process_index * local, count + process_index * local, batch_size):
         positions = np.arange(start, start + local)
-        indices = np.minimum(positions, count - 1).astype(np.int32)
+        indices = examples[np.minimum(positions, count - 1)]
         batch = {"index": indices} if split.images is not None else split.read(indices)
         yield {**batch, "mask": positions < count}
 

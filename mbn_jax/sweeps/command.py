@@ -44,14 +44,14 @@ def load_sweep(path: str, overrides: Sequence[str], seeds: int | None) -> tuple[
         raise UserError(f"get_sweep() of {path} must return a Sweep, got {type(sweep)}")
     if seeds is not None:
         sweep = dataclasses.replace(sweep, seeds=seeds)
-    names = [o.split("=", 1)[0].removeprefix("--config.") for o in overrides]
-    for name in names:
+    for override in overrides:
+        name = override.split("=", 1)[0].removeprefix("--config.")
         if any(name in member.fields for member in sweep.members()):
-            raise UserError(f"{name} is set by an axis of {path}; leave --config.{name} out")
-    default = next(iter(sweep.configs))
-    dataset = dict(zip(names, overrides, strict=True)).get("dataset.name", f"={default}")
-    file = sweep.configs.get(dataset.split("=", 1)[-1], sweep.configs[default])
-    config = sweep.base_config(parse_config(str(pathlib.Path(path).parent / file)))
+            raise UserError(f"{name} is set by the axes and seeds of {path}; leave it out")
+    files = {key: str(pathlib.Path(path).parent / file) for key, file in sweep.configs.items()}
+    default = next(iter(files.values()))
+    dataset = parse_config(default, overrides).dataset.name
+    config = sweep.base_config(parse_config(files.get(dataset, default)))
     return sweep, override_fields(config, overrides)
 
 
@@ -79,7 +79,9 @@ def open_sweep(
     seeds: int | None,
     workdir: pathlib.Path,
     storage: str | None = None,
+    *,
     devices: Sequence[jax.Device] | None = None,
+    retry_failed: bool = False,
 ) -> tuple[Runner, optuna.Study]:
     """Prepares a sweep to run or to go on.
 
@@ -90,6 +92,7 @@ def open_sweep(
       workdir: of the sweep; made where missing.
       storage: SQLAlchemy address of a database for several machines; default: in the workdir.
       devices: to run on; default: all of this host.
+      retry_failed: run members again that failed.
 
     Returns:
       What runs it, and what holds its state.
@@ -101,8 +104,10 @@ def open_sweep(
     runner = Runner(sweep, config, workdir, devices)
     make_folder(workdir)
     study = store.open_study(workdir, storage)
-    store.check_config(study, config)
-    study.set_user_attr("sweep", describe(sweep, config, experiment))
+    store.check_sweep(study, config, runner.members)
+    if retry_failed:
+        store.retry_failed(study)
+    study.set_user_attr(store.SWEEP, describe(sweep, config, experiment))
     return runner, study
 
 
@@ -146,11 +151,9 @@ def report_sweep(workdir: pathlib.Path, storage: str | None = None) -> pathlib.P
     Raises:
       UserError: where there is no sweep, or none of its members has run.
     """
-    if storage is None and not (workdir / store.STUDY).exists():
-        raise UserError(f"{workdir} is not the folder of a sweep: it has no {store.STUDY}")
-    study = store.open_study(workdir, storage)
-    if "sweep" not in study.user_attrs:
-        raise UserError(f"{workdir} has no sweep yet; start it with mbn-sweep")
+    study = store.open_study(workdir, storage, create=False)
+    if store.SWEEP not in study.user_attrs or not store.trials_by_member(study):
+        raise UserError(f"{workdir} has no members yet; start the sweep with mbn-sweep")
     return write_all(workdir, study)
 
 

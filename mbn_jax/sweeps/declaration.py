@@ -1,6 +1,7 @@
 """What an experiment file declares: axes, seeds, a baseline and the figures of the report."""
 
 import dataclasses
+import hashlib
 import itertools
 import json
 import re
@@ -12,6 +13,9 @@ from ml_collections import ConfigDict
 from mbn_jax import config as config_lib
 from mbn_jax.config_files import check_field
 from mbn_jax.errors import UserError
+
+RESERVED = ("seed", "step", "last", "outcome", "reason", "end_step", "seconds")
+"""Columns of the results that no axis can be called."""
 
 Axis = Sequence[Any] | Mapping[str, Mapping[str, Any]]
 
@@ -72,7 +76,11 @@ class Member:
     def folder(self) -> str:
         """Its name as that of a folder."""
         parts = [f"{axis.split('.')[-1]}={value}" for axis, value in self.point.items()]
-        return re.sub(r"[^\w.=,+-]+", "_", ",".join([*parts, f"seed={self.seed}"]))
+        plain = ",".join([*parts, f"seed={self.seed}"])
+        folder = re.sub(r"[^\w.=,+-]+", "_", plain)[:150]
+        if folder == plain:
+            return folder
+        return f"{folder},{hashlib.sha256(self.name.encode()).hexdigest()[:8]}"
 
     def config(self, base: ConfigDict) -> ConfigDict:
         """Returns its configuration, from the one that all members share."""
@@ -134,7 +142,16 @@ class Sweep:
         if self.seeds < 1:
             raise UserError(f"a sweep needs 1 seed or more, got {self.seeds}")
         for axis, values in self.axes.items():
-            if axis in ("seed", "step") or not values:
+            if isinstance(values, Mapping):
+                wrong = [v for v in values.values() if not isinstance(v, Mapping)]
+            else:
+                wrong = [v for v in values if not isinstance(v, str | bool | int | float)]
+            if wrong:
+                raise UserError(
+                    f"axis {axis!r} must be numbers, texts and booleans, or named variants, each a "
+                    f"dict of fields; got {wrong[0]!r} of {type(wrong[0]).__name__}"
+                )
+            if axis in RESERVED or not values:
                 raise UserError(f"a sweep cannot have the axis {axis!r} with {len(values)} values")
             if len(set(map(repr, values))) != len(values):
                 raise UserError(f"axis {axis!r} has a value twice: {list(values)}")
@@ -144,6 +161,8 @@ class Sweep:
                 if axis not in self.axes or value not in self.axes[axis]:
                     raise UserError(f"{what}: {value!r} is not on an axis {axis!r} of the sweep")
         for figure in self.figures:
+            if figure.over_steps not in ("last", "mean"):
+                raise UserError(f"over_steps must be 'last' or 'mean', got {figure.over_steps!r}")
             many = {axis for axis, values in self.axes.items() if len(values) > 1}
             if figure.axes - set(self.axes) or many - figure.axes:
                 raise UserError(

@@ -2,8 +2,10 @@
 
 import base64
 import html
+import io
 import json
 import pathlib
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -18,9 +20,10 @@ from mbn_jax.sweeps.results import (
     CONFIDENCE,
     finished,
     interval,
-    last_evaluations,
+    members,
     summarize,
 )
+from mbn_jax.workdir import replace
 
 HTML = "report.html"
 MARKDOWN = "report.md"
@@ -42,7 +45,7 @@ figcaption { font-size: .9rem; color: #333; }
 table { border-collapse: collapse; font-size: .9rem; font-variant-numeric: tabular-nums; }
 th, td { padding: .25rem .7rem; text-align: right; white-space: nowrap;
          border-bottom: 1px solid #ccc; }
-th { border-bottom: 2px solid #111; } th.axis, td.axis { text-align: left; }
+th { border-bottom: 2px solid #111; } td.text { text-align: left; }
 pre { overflow-x: auto; background: #f4f4f4; padding: .7rem; font-size: .85rem; }
 code { overflow-wrap: anywhere; }
 @media print { body { max-width: none; font-size: 11pt; } pre { white-space: pre-wrap; } }
@@ -66,20 +69,23 @@ def write_report(study: optuna.Study, results: pd.DataFrame, workdir: pathlib.Pa
         blocks.append(("text", sweep["text"]))
     blocks.append(("text", _setting(study, results)))
     (workdir / FIGURES).mkdir(exist_ok=True)
-    drawn = 0
-    for figure in sweep["figures"]:
-        if figure["y"] in results and results[figure["y"]].notna().any():
-            drawn += 1
-            path = workdir / FIGURES / f"{drawn}_{figure['y'].replace('/', '_')}.png"
-            draw(figure, results, sweep["axes"], path)
-            blocks.append(("figure", (path, _caption(figure))))
+    for number, figure in enumerate(sweep["figures"], start=1):
+        if not _is_measured(figure["y"], results):
+            blocks.append(("text", f"No figure of {figure['y']}: nothing has measured it yet."))
+            continue
+        name = f"{FIGURES}/{number}_{figure['y'].replace('/', '_')}.png"
+        png = draw(figure, results, sweep["axes"])
+        replace(workdir / name, png)
+        blocks.append(("figure", (name, png, _caption(figure))))
     for metric in sweep["metrics"]:
-        if metric in results:
-            blocks.append(("section", f"{_sentence(_label(metric))} at the last evaluation"))
-            table = summarize(results, sweep["axes"], metric, sweep["baseline"])
-            blocks.append(("table", _format(table, sweep["axes"], metric)))
-            blocks.append(("text", _table_note(sweep)))
-    ended = last_evaluations(results)
+        blocks.append(("section", f"{_sentence(_label(metric))}, the last that was measured"))
+        if not _is_measured(metric, results):
+            blocks.append(("text", "Nothing has measured it yet."))
+            continue
+        table = summarize(results, sweep["axes"], metric, sweep["baseline"])
+        blocks.append(("table", _format(table, sweep["axes"], metric)))
+        blocks.append(("text", _table_note(sweep)))
+    ended = members(results)
     ended = ended[ended["outcome"].isin([store.DIVERGED, store.FAILED])]
     if len(ended):
         blocks.append(("section", "Members that did not finish"))
@@ -92,24 +98,29 @@ def write_report(study: optuna.Study, results: pd.DataFrame, workdir: pathlib.Pa
     blocks.append(("details", ("Axes", json.dumps(sweep["axes"], indent=1))))
     config = json.dumps(study.user_attrs["config"], indent=1)
     blocks.append(("details", ("The config that all members share", config)))
-    (workdir / MARKDOWN).write_text(_markdown(blocks, workdir))
-    (workdir / HTML).write_text(_html(blocks))
+    replace(workdir / MARKDOWN, _markdown(blocks).encode())
+    replace(workdir / HTML, _html(blocks).encode())
     return workdir / HTML
+
+
+def _is_measured(column: str, results: pd.DataFrame) -> bool:
+    return column in results and bool(results[column].notna().any())
 
 
 def draw(
     figure: Mapping[str, Any],
     results: pd.DataFrame,
     axes: Mapping[str, Sequence],
-    path: pathlib.Path,
-) -> None:
+) -> bytes:
     """Draws one figure: means over seeds, with their 95 % intervals as bands or bars.
 
     Args:
       figure: the fields of a `mbn_jax.sweeps.Figure`.
       results: of `read_results`.
       axes: name of each axis and its values, in order.
-      path: of the PNG.
+
+    Returns:
+      The PNG.
     """
     rows = results
     for axis, value in figure["fixed"].items():
@@ -150,12 +161,14 @@ def draw(
         plot.grid(alpha=0.3)
     if figure["lines"]:
         grid.flat[0].legend(title=_label(figure["lines"]), fontsize=8, title_fontsize=8)
-    canvas.savefig(path, dpi=160)
+    content = io.BytesIO()
+    canvas.savefig(content, format="png", dpi=160)
+    return content.getvalue()
 
 
 def _draw_curve(plot: Axes, rows: pd.DataFrame, y: str, style: dict) -> None:
     rows = rows[(rows["outcome"] == store.FINISHED) & rows[y].notna()]
-    by_step = _scaled(rows, y).groupby(rows["step"])
+    by_step = _scaled(rows[y]).groupby(rows["step"])
     mean, half = by_step.mean(), by_step.agg(interval).fillna(0)
     plot.plot(mean.index, mean, **style | {"markersize": 3})
     plot.fill_between(mean.index, mean - half, mean + half, color=style["color"], alpha=0.2, lw=0)
@@ -174,12 +187,10 @@ def _draw_points(
     mean, half, lost = [], [], []
     for value in values:
         point = rows[rows[figure["x"]] == value]
-        if figure["over_steps"] == "last":
-            point = point[point["last"]]
-        ended = point[point["outcome"].isin([store.DIVERGED, store.FAILED])]["seed"].nunique()
-        per_seed = _scaled(finished(point, figure["y"]), None, figure["y"]).groupby("seed").mean()
+        per_seed = _scaled(finished(point, figure["y"], figure["over_steps"]))
+        ended = members(point)["outcome"].isin([store.DIVERGED, store.FAILED]).sum()
         mean.append(per_seed.mean())
-        half.append(interval(per_seed.dropna()))
+        half.append(interval(per_seed))
         lost.append(ended)
     plot.errorbar(x, mean, yerr=np.nan_to_num(half), capsize=3, **style)
     for at, level, count in zip(x, mean, lost, strict=True):
@@ -198,10 +209,9 @@ def _draw_points(
         plot.tick_params(axis="x", rotation=30)
 
 
-def _scaled(rows, column: str | None, name: str | None = None) -> pd.Series:
-    """Returns a column of rows (or a series called `name`), fractions as percent."""
-    series = rows if column is None else rows[column]
-    return series * 100 if (column or name) in PERCENT else series
+def _scaled(column: pd.Series) -> pd.Series:
+    """Returns a column with fractions as percent."""
+    return column * 100 if column.name in PERCENT else column
 
 
 def _label(name: str) -> str:
@@ -236,7 +246,7 @@ def _caption(figure: Mapping[str, Any]) -> str:
 
 def _setting(study: optuna.Study, results: pd.DataFrame) -> str:
     config, sweep = study.user_attrs["config"], study.user_attrs["sweep"]
-    outcomes = last_evaluations(results)["outcome"].value_counts()
+    outcomes = members(results)["outcome"].value_counts()
     told = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
     shown = {
         "dataset.name": "data set",
@@ -293,10 +303,11 @@ def _cost(study: optuna.Study, results: pd.DataFrame) -> pd.DataFrame:
     ]
     seconds = [cost["seconds"] for cost in costs]
     rate = results["images_per_second"].median() if "images_per_second" in results else np.nan
+    median = np.median(seconds) if seconds else np.nan
     cells = {
         "members finished": len(costs),
-        "seconds a member (median)": f"{np.median(seconds):.1f}" if seconds else "-",
-        "seconds in all": f"{sum(seconds):.0f}",
+        "seconds a member (median, since its last start)": f"{median:.1f}",
+        "seconds in all of these": f"{sum(seconds):.0f}",
         "images/s a member (median)": f"{rate:,.0f}",
         "compilations of the step": sum(cost["step_compilations"] for cost in costs),
         "peak memory, MiB": f"{max((c['peak_bytes'] for c in costs), default=0) / 2**20:.0f}",
@@ -304,7 +315,7 @@ def _cost(study: optuna.Study, results: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"what": list(cells), "value": list(map(str, cells.values()))})
 
 
-def _markdown(blocks: Sequence[tuple[str, Any]], workdir: pathlib.Path) -> str:
+def _markdown(blocks: Sequence[tuple[str, Any]]) -> str:
     """Returns the report as Markdown, with links to the figures."""
     parts = []
     for kind, content in blocks:
@@ -317,8 +328,8 @@ def _markdown(blocks: Sequence[tuple[str, Any]], workdir: pathlib.Path) -> str:
         elif kind == "code":
             parts.append(f"    {content}")
         elif kind == "figure":
-            path, caption = content
-            parts.append(f"![{caption}]({path.relative_to(workdir)})\n\n*{caption}*")
+            name, _, caption = content
+            parts.append(f"![{caption}]({name})\n\n*{caption}*")
         elif kind == "table":
             lines = [list(content.columns), ["---"] * content.shape[1], *content.values.tolist()]
             parts.append("\n".join(f"| {' | '.join(map(_cell, line))} |" for line in lines))
@@ -346,8 +357,8 @@ def _html(blocks: Sequence[tuple[str, Any]]) -> str:
         elif kind == "code":
             parts.append(f"<pre><code>{html.escape(content)}</code></pre>")
         elif kind == "figure":
-            path, caption = content
-            data = base64.b64encode(path.read_bytes()).decode()
+            _, png, caption = content
+            data = base64.b64encode(png).decode()
             caption = html.escape(caption)
             parts.append(
                 f'<figure><img src="data:image/png;base64,{data}" alt="{caption}">'
@@ -369,8 +380,11 @@ def _html(blocks: Sequence[tuple[str, Any]]) -> str:
 
 def _html_table(table: pd.DataFrame) -> str:
     def row(cells: Sequence, tag: str) -> str:
-        inner = "".join(f"<{tag}>{html.escape(str(cell))}</{tag}>" for cell in cells)
-        return f"<tr>{inner}</tr>"
+        return f"<tr>{''.join(cell(str(text), tag) for text in cells)}</tr>"
+
+    def cell(text: str, tag: str) -> str:
+        is_text = tag == "td" and not re.match(r"-?[\d.]|-$|nan", text)
+        return f"<{tag}{' class=text' if is_text else ''}>{html.escape(text)}</{tag}>"
 
     body = "\n".join(row(line, "td") for line in table.values.tolist())
     return f"<table><thead>{row(table.columns, 'th')}</thead>\n<tbody>{body}</tbody></table>"

@@ -1,5 +1,6 @@
 """The results of a sweep: one tidy table, and the statistics that a report shows of it."""
 
+import io
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -9,8 +10,8 @@ import optuna
 import pandas as pd
 import scipy.stats
 
-from mbn_jax.errors import UserError
 from mbn_jax.sweeps import storage as store
+from mbn_jax.workdir import replace
 
 CSV = "results.csv"
 PARQUET = "results.parquet"
@@ -38,7 +39,7 @@ def read_results(study: optuna.Study) -> pd.DataFrame:
             **fields,
             "seed": point["seed"],
             "outcome": store.outcome(trial),
-            "reason": trial.user_attrs.get(store.REASON, ""),
+            "reason": trial.user_attrs.get(store.REASON),
             "end_step": trial.user_attrs.get(store.STEP),
             "seconds": trial.user_attrs.get(store.COST, {}).get("seconds"),
         }
@@ -50,10 +51,12 @@ def read_results(study: optuna.Study) -> pd.DataFrame:
 
 def write_results(results: pd.DataFrame, workdir: pathlib.Path) -> None:
     """Writes `results.csv` and `results.parquet`."""
-    results.to_csv(workdir / CSV, index=False)
+    replace(workdir / CSV, results.to_csv(index=False).encode())
     # A column of Parquet has one type: True beside 0.9 becomes text.
     mixed = [c for c in results if results[c].dropna().map(type).nunique() > 1]
-    results.astype(dict.fromkeys(mixed, str)).to_parquet(workdir / PARQUET, index=False)
+    content = io.BytesIO()
+    results.astype(dict.fromkeys(mixed, str)).to_parquet(content, index=False)
+    replace(workdir / PARQUET, content.getvalue())
 
 
 def interval(values: Sequence[float]) -> float:
@@ -70,9 +73,21 @@ def interval(values: Sequence[float]) -> float:
     return float(quantile * np.std(values, ddof=1) / np.sqrt(len(values)))
 
 
-def last_evaluations(results: pd.DataFrame) -> pd.DataFrame:
-    """Returns the last row of each member."""
+def members(results: pd.DataFrame) -> pd.DataFrame:
+    """Returns one row a member: its last."""
     return results[results["last"]]
+
+
+def finished(rows: pd.DataFrame, column: str, over_steps: str = "last") -> pd.Series:
+    """Returns a column of the runs that finished, by seed.
+
+    Args:
+      rows: of the results, at one point of the sweep.
+      column: of the results.
+      over_steps: the 'last' value that was measured, or the 'mean' over all.
+    """
+    rows = rows[(rows["outcome"] == store.FINISHED) & rows[column].notna()]
+    return rows.groupby("seed")[column].agg(over_steps)
 
 
 def summarize(
@@ -92,12 +107,10 @@ def summarize(
       'seeds' of the runs that finished; 'diverged' and 'failed'; 'difference' from the baseline and
       'difference_interval', paired by seed over 'pairs' that finished in both.
     """
-    last = last_evaluations(results)
-    if metric not in last:
-        raise UserError(f"the results have no column {metric!r}; they have {sorted(last.columns)}")
     names = list(axes)
     rows = []
-    for point, group in last.groupby(names, sort=False):
+    for point, group in results.groupby(names, sort=False):
+        ended = members(group)["outcome"]
         values = finished(group, metric)
         row = dict(zip(names, point, strict=True))
         row |= {
@@ -106,11 +119,11 @@ def summarize(
             "standard_deviation": values.std(),
             "seeds": len(values),
         }
-        row |= {kind: (group["outcome"] == kind).sum() for kind in (store.DIVERGED, store.FAILED)}
+        row |= {kind: (ended == kind).sum() for kind in (store.DIVERGED, store.FAILED)}
         other = {**row, **baseline}
-        is_other = np.logical_and.reduce([last[axis] == other[axis] for axis in names])
+        is_other = np.logical_and.reduce([results[axis] == other[axis] for axis in names])
         if baseline and any(row[axis] != other[axis] for axis in names):
-            pairs = (values - finished(last[is_other], metric)).dropna()
+            pairs = (values - finished(results[is_other], metric)).dropna()
             row |= {
                 "difference": pairs.mean(),
                 "difference_interval": interval(pairs),
@@ -121,8 +134,3 @@ def summarize(
     for axis, values in axes.items():
         table[axis] = pd.Categorical(table[axis], list(values), ordered=True)
     return table.sort_values(names).reset_index(drop=True)
-
-
-def finished(group: pd.DataFrame, column: str) -> pd.Series:
-    """Returns a column of the runs that finished, by seed."""
-    return group[group["outcome"] == store.FINISHED].set_index("seed")[column]

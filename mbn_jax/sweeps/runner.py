@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import jax
 import optuna
+import sqlalchemy.exc
 from ml_collections import ConfigDict
 from optuna.trial import TrialState
 from rich.console import Console
@@ -21,7 +22,7 @@ from mbn_jax.experiment import Programs
 from mbn_jax.reporting import read_metrics
 from mbn_jax.sweeps import storage as store
 from mbn_jax.sweeps.declaration import Member, Sweep
-from mbn_jax.train import DivergenceError, seconds_per_step, train
+from mbn_jax.train import DivergenceError, estimate_seconds, train
 
 MEMBERS = "members"
 POLL_SECONDS = 1.0
@@ -30,6 +31,15 @@ ENDS = (store.FINISHED, store.DIVERGED, store.FAILED)
 
 class _StoppedError(Exception):
     """The user stopped the sweep; the member is given back."""
+
+
+# The member is not at fault: it is left to whoever comes next.
+_GIVES_BACK = (
+    _StoppedError,
+    optuna.exceptions.UpdateFinishedTrialError,
+    optuna.exceptions.StorageInternalError,
+    sqlalchemy.exc.SQLAlchemyError,
+)
 
 
 class Runner:
@@ -63,6 +73,10 @@ class Runner:
         self.devices = devices or jax.local_devices()
         self._programs = {device: Programs([device]) for device in self.devices}
         self._first = self._programs[self.devices[0]]
+        folders = Counter(member.folder.casefold() for member in self.members)
+        twice = [member.name for member in self.members if folders[member.folder.casefold()] > 1]
+        if twice:
+            raise UserError(f"these members have names too much alike for folders: {twice}")
         for member in self.members:
             self._first.get(self._config_of(member.fields))
         self._looking = threading.Lock()
@@ -89,7 +103,7 @@ class Runner:
         return sum(programs.step_compilations for programs in self._programs.values())
 
     def estimate_seconds(self, seconds: float = 1.0) -> float:
-        """Estimates the time of the whole sweep from a short run of each program's step."""
+        """Estimates the time of the whole sweep, from nothing, by a short run of each program."""
         total, per_program = 0.0, {}
         for member in self.members:
             config = self._config_of(member.fields)
@@ -97,9 +111,8 @@ class Runner:
             if key not in per_program:
                 program = self._first.get(config)
                 begin = time.monotonic()
-                per_step = seconds_per_step(program, config, seconds)
+                per_program[key] = estimate_seconds(program, config, seconds)
                 total += time.monotonic() - begin  # Compilation, by and large.
-                per_program[key] = per_step * program.experiment.total_steps
             total += per_program[key] / len(self._programs)
         return total
 
@@ -113,15 +126,8 @@ class Runner:
           How many ended how.
 
         Raises:
-          UserError: for a study of other members.
           KeyboardInterrupt: when interrupted, after the members in work were given back.
         """
-        gone = set(store.trials_by_member(study)) - set(self._members)
-        if gone:
-            raise UserError(
-                f"the sweep in this workdir has {len(gone)} members that the experiment no longer "
-                f"declares ({min(gone)}); put them back, or use another --workdir"
-            )
         self._study = study
         threads = [
             threading.Thread(target=self._work, args=(device,), daemon=True)
@@ -162,14 +168,23 @@ class Runner:
         states = Counter(t.state for t in self._study.get_trials(deepcopy=False))
         if not states[TrialState.WAITING]:
             return False if states[TrialState.RUNNING] else None
-        self._study.optimize(
-            lambda trial: self._run_member(trial, device), n_trials=1, catch=(Exception,)
-        )
+        numbers: list[int] = []
+        try:
+            self._study.optimize(
+                lambda trial: self._run_member(trial, device, numbers),
+                n_trials=1,
+                catch=(Exception,),
+            )
+        except (ValueError, AssertionError, optuna.exceptions.UpdateFinishedTrialError):
+            # Optuna cannot end a trial that others gave up meanwhile: they have the member now.
+            trials = self._study.get_trials(deepcopy=False)
+            if not numbers or trials[numbers[0]].state != TrialState.FAIL:
+                raise
         return True
 
-    def _run_member(self, trial: optuna.Trial, device: jax.Device) -> float:
-        """Trains one member, and records what became of it."""
-        # From here on others may look for theirs.
+    def _run_member(self, trial: optuna.Trial, device: jax.Device, numbers: list[int]) -> float:
+        """Runs one member while others look for theirs; notes the trial's number."""
+        numbers.append(trial.number)
         self._looking.release()
         try:
             return self._train_member(trial, device)
@@ -177,18 +192,39 @@ class Runner:
             self._looking.acquire()
 
     def _train_member(self, trial: optuna.Trial, device: jax.Device) -> float:
-        programs = self._programs[device]
+        """Trains one member, and records what became of it."""
         trial.set_user_attr(store.RUNNER, store.this_runner())
         name = trial.user_attrs.get(store.MEMBER)
         if name is None or store.is_duplicate(self._study, trial.number, name):
             trial.set_user_attr(store.OUTCOME, store.DUPLICATE)
             raise optuna.TrialPruned("another runner has this member")
-        fields = trial.user_attrs[store.FIELDS]
-        for field, value in fields.items():  # So that a dashboard can plot by it.
-            if isinstance(value, float):
-                trial.suggest_float(field, value, value)
-            elif isinstance(value, int) and not isinstance(value, bool):
-                trial.suggest_int(field, value, value)
+        folder = self._workdir / MEMBERS / trial.user_attrs[store.FOLDER]
+        with store.only_one(folder, give_up=self._stop.is_set) as alone:
+            if not alone:
+                raise _StoppedError
+            try:
+                values = self._train(trial, device, folder)
+            except DivergenceError as error:
+                self._record(trial, folder, store.DIVERGED, reason=str(error), step=error.step)
+                raise optuna.TrialPruned(str(error)) from error
+            except _GIVES_BACK:
+                raise
+            except Exception as error:  # Whatever it is, the other members go on.
+                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                self._record(trial, folder, store.FAILED, reason=reason)
+                raise
+            self._record(trial, folder, store.FINISHED)
+        return values["test_error"]
+
+    def _train(self, trial: optuna.Trial, device: jax.Device, folder: pathlib.Path):
+        programs = self._programs[device]
+        config = self._config_of(trial.user_attrs[store.FIELDS])
+        values = config_lib.fields(config)
+        for field in trial.user_attrs[store.FIELDS]:  # So that a dashboard can plot by it.
+            if isinstance(values[field], float):
+                trial.suggest_float(field, values[field], values[field])
+            elif isinstance(values[field], int) and not isinstance(values[field], bool):
+                trial.suggest_int(field, values[field], values[field])
 
         def on_record(step: int, values: dict[str, float]) -> None:
             if "test_error" in values:
@@ -196,30 +232,15 @@ class Runner:
             if self._stop.is_set():
                 raise _StoppedError
 
-        config = self._config_of(fields)
-        folder = self._workdir / MEMBERS / self._members[name].folder
         begin, compiled = time.monotonic(), programs.step_compilations
-        try:
-            final = train(config, folder, programs=programs, on_record=on_record)
-        except DivergenceError as error:
-            self._record(trial, folder, store.DIVERGED, reason=str(error), step=error.step)
-            raise optuna.TrialPruned(str(error)) from error
-        except _StoppedError:
-            raise
-        except Exception as error:  # Whatever it is, the other members go on.
-            reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
-            self._record(trial, folder, store.FAILED, reason=reason)
-            raise
-        trial.set_user_attr(
-            store.COST,
-            {
-                "seconds": time.monotonic() - begin,
-                "step_compilations": programs.step_compilations - compiled,
-                "peak_bytes": _peak_bytes(device),
-            },
-        )
-        self._record(trial, folder, store.FINISHED)
-        return final["test_error"]
+        final = train(config, folder, programs=programs, on_record=on_record)
+        cost = {
+            "seconds": time.monotonic() - begin,
+            "step_compilations": programs.step_compilations - compiled,
+            "peak_bytes": _peak_bytes(device),
+        }
+        trial.set_user_attr(store.COST, cost)
+        return final
 
     def _record(self, trial, folder, outcome: str, reason: str = "", step: int | None = None):
         """Writes down how a member ended; the outcome last, for it makes the rest count."""
@@ -264,7 +285,8 @@ class Runner:
                 counts = Counter(store.outcome(trial) for trial in trials.values())
                 shown = ("running", store.DIVERGED, store.FAILED)
                 states = ", ".join(f"{counts[s]} {s}" for s in shown if counts[s])
-                progress.update(task, completed=len(told), states=states)
+                total = max(len(trials), len(self._members))  # Another runner may know of more.
+                progress.update(task, completed=len(told), total=total, states=states)
                 if not alive:
                     return
                 time.sleep(POLL_SECONDS / 2)

@@ -1,22 +1,22 @@
 """Members, their state and their results in an Optuna study: the queue that survives its runners.
 
-A member is a trial. Claiming one is atomic, whoever asks; a trial whose runner stopped sending
-heartbeats is given up, and the member is enqueued again. What became of a member is an attribute of
-its trial, `OUTCOME`; a trial that ended without one did not finish.
+A member is a trial. Claiming one is atomic, whoever asks; a trial whose runner is gone is given up,
+and the member is enqueued again. What became of a member is an attribute of its trial, `OUTCOME`; a
+trial that ended without one did not finish.
 """
 
+import contextlib
 import datetime
+import fcntl
+import os
 import pathlib
-import platform
 import time
-import uuid
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import optuna
-import psutil
-import sqlalchemy.exc
+import sqlalchemy
 from ml_collections import ConfigDict
 from optuna.trial import FrozenTrial, TrialState
 
@@ -25,10 +25,13 @@ from mbn_jax.errors import UserError
 from mbn_jax.sweeps.declaration import Member
 
 STUDY = "sweep.db"
+LOCK = "lock"
 HEARTBEAT_SECONDS = 10
 GRACE_SECONDS = 60
 
+# Attributes of a trial,
 MEMBER = "member"
+FOLDER = "folder"
 FIELDS = "fields"
 OUTCOME = "outcome"
 REASON = "reason"
@@ -36,43 +39,45 @@ STEP = "step"
 RECORDS = "records"
 COST = "cost"
 RUNNER = "runner"
+# and of the study.
+CONFIG = "config"
+SWEEP = "sweep"
+RETRIED = "retried"
 
 FINISHED, DIVERGED, FAILED = "finished", "diverged", "failed"
 DUPLICATE = "duplicate"
 
 
-def storage_url(workdir: pathlib.Path) -> str:
-    """Returns the address of the database in a workdir."""
-    return f"sqlite:///{(workdir / STUDY).absolute()}"
-
-
-def open_study(workdir: pathlib.Path, storage: str | None = None) -> optuna.Study:
-    """Opens the study of a workdir, made where it is missing.
+def open_study(
+    workdir: pathlib.Path, storage: str | None = None, *, create: bool = True
+) -> optuna.Study:
+    """Opens the study of a workdir.
 
     Args:
-      workdir: of the sweep; its name is the study's.
-      storage: an SQLAlchemy address, for several machines; default: SQLite in the workdir.
+      workdir: of the sweep.
+      storage: an SQLAlchemy address, for several machines, where the study has the workdir's name;
+        default: SQLite in the workdir.
+      create: whether to make one that is missing.
 
     Raises:
-      UserError: where the database cannot be opened.
+      UserError: where the database cannot be opened, or has no such study.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # Heartbeats and what follows from them are experimental in name, for years.
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
-    url = storage or storage_url(workdir)
-    # Of SQLite: seconds to wait for another writer.
-    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else None
+    path = (workdir / STUDY).absolute()
+    if not create and storage is None and not path.exists():
+        raise UserError(f"{workdir} is not the folder of a sweep: it has no {STUDY}")
+    url = storage or f"sqlite:///{path}"
+    name = workdir.absolute().name if storage else "sweep"
     for attempts_left in reversed(range(5)):
         try:
-            database = optuna.storages.RDBStorage(
-                url,
-                heartbeat_interval=HEARTBEAT_SECONDS,
-                grace_period=GRACE_SECONDS,
-                engine_kwargs=options,
-            )
-            return optuna.create_study(
-                storage=database, study_name=workdir.absolute().name, load_if_exists=True
-            )
+            database = _database(url)
+            if create:
+                return optuna.create_study(storage=database, study_name=name, load_if_exists=True)
+            return optuna.load_study(storage=database, study_name=name)
+        except KeyError as error:
+            raise UserError(f"{url} has no sweep called {name!r}") from error
         except (
             ImportError,
             ValueError,
@@ -88,19 +93,65 @@ def open_study(workdir: pathlib.Path, storage: str | None = None) -> optuna.Stud
     raise AssertionError("unreachable")
 
 
-def check_config(study: optuna.Study, config: ConfigDict) -> None:
-    """Binds a study to the config that its members share; refuses another one."""
+def _database(url: str) -> optuna.storages.RDBStorage:
+    is_sqlite = url.startswith("sqlite")
+    database = optuna.storages.RDBStorage(
+        url,
+        heartbeat_interval=HEARTBEAT_SECONDS,
+        grace_period=GRACE_SECONDS,
+        # Of SQLite: seconds to wait for another writer.
+        engine_kwargs={"connect_args": {"timeout": 60}} if is_sqlite else None,
+    )
+    if is_sqlite:
+        # SQLite has no SELECT FOR UPDATE, by which Optuna makes a claim atomic: two runners that
+        # read at the same time would both have the trial. So lock for each transaction.
+        @sqlalchemy.event.listens_for(database.engine, "connect")
+        def leave_transactions_to_sqlalchemy(connection, _) -> None:
+            connection.isolation_level = None
+
+        @sqlalchemy.event.listens_for(database.engine, "begin")
+        def lock(connection) -> None:
+            connection.exec_driver_sql("BEGIN IMMEDIATE")
+
+        database.engine.dispose()
+    return database
+
+
+def check_sweep(study: optuna.Study, config: ConfigDict, members: Sequence[Member]) -> None:
+    """Binds a study to its members' settings; what ran must be declared as it ran.
+
+    Args:
+      study: of the sweep.
+      config: that all members share.
+      members: all that are declared; more than before is fine.
+
+    Raises:
+      UserError: for another config, or a member that is gone or has other fields.
+    """
     now = fields(config)
-    before = study.user_attrs.get("config")
-    if before is None:
-        study.set_user_attr("config", now)
-        return
-    differing = changes(before, now)
+    differing = changes(study.user_attrs.get(CONFIG, now), now)
     if differing:
         raise UserError(
             f"the sweep in this workdir has another config ({differing}); use another --workdir, "
             "or the config it was started with"
         )
+    declared = {member.name: member for member in members}
+    known = trials_by_member(study)
+    gone = set(known) - set(declared)
+    if gone:
+        raise UserError(
+            f"the sweep in this workdir has {len(gone)} members that the experiment no longer "
+            f"declares ({min(gone)}); put them back, or use another --workdir"
+        )
+    for name, trial in known.items():
+        before = {k: v for k, v in trial.user_attrs[FIELDS].items() if k != "norm.memory_capacity"}
+        if before != declared[name].fields:
+            raise UserError(
+                f"the sweep in this workdir ran {name} with {before}, which the experiment now "
+                f"declares with {dict(declared[name].fields)}; use another --workdir, or change "
+                "it back"
+            )
+    study.set_user_attr(CONFIG, now)
 
 
 def enqueue_missing(study: optuna.Study, members: Sequence[Member], capacity: int) -> None:
@@ -109,24 +160,53 @@ def enqueue_missing(study: optuna.Study, members: Sequence[Member], capacity: in
     Args:
       study: of the sweep.
       members: all that are declared.
-      capacity: slots of the memory of members that are enqueued now; once enqueued, a member keeps
+      capacity: slots of the memory of members that are enqueued for the first time; a member keeps
         its own.
     """
-    known = {t.user_attrs[MEMBER] for t in study.get_trials(deepcopy=False) if _counts(t)}
+    known = trials_by_member(study)
+    earlier = {
+        t.user_attrs[MEMBER]: t.user_attrs[FIELDS]
+        for t in study.get_trials(deepcopy=False)
+        if MEMBER in t.user_attrs
+    }
     for member in members:
         if member.name not in known:
+            new = {**member.fields, "norm.memory_capacity": capacity}
             attributes = {
                 MEMBER: member.name,
-                FIELDS: {**member.fields, "norm.memory_capacity": capacity},
+                FOLDER: member.folder,
+                FIELDS: earlier.get(member.name, new),
             }
             study.enqueue_trial({}, user_attrs=attributes)
 
 
+def retry_failed(study: optuna.Study) -> None:
+    """Lets the members that failed run again; those that diverged would do so again."""
+    failed = [t.number for t in trials_by_member(study).values() if outcome(t) == FAILED]
+    study.set_user_attr(RETRIED, [*study.user_attrs.get(RETRIED, []), *failed])
+
+
 def this_runner() -> dict[str, Any]:
-    """Returns what tells this process from all others, on whatever machine."""
-    process = psutil.Process()
-    host = f"{platform.node()} {uuid.getnode():x}"  # Containers may share a name.
-    return {"host": host, "pid": process.pid, "started": process.create_time()}
+    """Returns what tells this process from all others: on Linux also whether it still exists."""
+    return {"host": _host(), "pid": os.getpid(), "started": _start_of(os.getpid())}
+
+
+def _host() -> str:
+    """Returns what processes share that can see each other: one boot, one space of process ids."""
+    try:
+        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return ""
+
+
+def _start_of(pid: int) -> str:
+    """Returns when a process began, in ticks since boot; '' where it is gone."""
+    try:
+        state, *rest = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return ""
+    return "" if state == "Z" else rest[18]
 
 
 def give_up_stale(study: optuna.Study) -> None:
@@ -139,32 +219,51 @@ def give_up_stale(study: optuna.Study) -> None:
             assert trial.datetime_start is not None
             gone = (now - trial.datetime_start).total_seconds() > GRACE_SECONDS
         else:
-            gone = runner["host"] == this_runner()["host"] and not _is_alive(runner)
+            here = runner["host"] == _host() != ""
+            gone = here and _start_of(runner["pid"]) != runner["started"]
         if gone:
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
 
-def _is_alive(runner: dict[str, Any]) -> bool:
-    try:
-        return psutil.Process(runner["pid"]).create_time() == runner["started"]
-    except psutil.NoSuchProcess:
-        return False
+@contextlib.contextmanager
+def only_one(folder: pathlib.Path, give_up: Callable[[], bool]) -> Iterator[bool]:
+    """Waits until no other process of this machine is in the block with this folder.
+
+    Heartbeats stop when a machine sleeps, and its members are given to others; when it wakes up,
+    the folder of a run must still have one writer.
+
+    Args:
+      folder: of a run; made where it is missing.
+      give_up: asked now and then whether to stop waiting.
+
+    Yields:
+      Whether this one is alone now; False after giving up.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("w") as file:  # Closing it, or dying, lets it go.
+        while not give_up():
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                time.sleep(0.5)
+                continue
+            yield True
+            return
+        yield False
 
 
 def is_duplicate(study: optuna.Study, number: int, member: str) -> bool:
     """Whether an older trial is of the same member: two runners enqueued it at the same time."""
     return any(
-        t.number < number and _counts(t) and t.user_attrs[MEMBER] == member
-        for t in study.get_trials(deepcopy=False)
+        t.number < number and t.user_attrs[MEMBER] == member for t in _trials_that_count(study)
     )
 
 
 def trials_by_member(study: optuna.Study) -> dict[str, FrozenTrial]:
     """Returns the trial that tells of each member, by name."""
     found: dict[str, FrozenTrial] = {}
-    for trial in study.get_trials(deepcopy=False):
-        if _counts(trial):
-            found.setdefault(trial.user_attrs[MEMBER], trial)
+    for trial in _trials_that_count(study):
+        found.setdefault(trial.user_attrs[MEMBER], trial)
     return found
 
 
@@ -173,9 +272,13 @@ def outcome(trial: FrozenTrial) -> str:
     return trial.user_attrs.get(OUTCOME) or trial.state.name.lower()
 
 
-def _counts(trial: FrozenTrial) -> bool:
-    """Whether the trial stands for its member: not a duplicate, and not given up."""
-    attributes: dict[str, Any] = trial.user_attrs
-    if MEMBER not in attributes or attributes.get(OUTCOME) == DUPLICATE:
-        return False
-    return not trial.state.is_finished() or OUTCOME in attributes
+def _trials_that_count(study: optuna.Study) -> Iterator[FrozenTrial]:
+    """Yields the trials that stand for a member: not duplicates, not given up, not retried."""
+    retried = study.user_attrs.get(RETRIED, [])
+    for trial in study.get_trials(deepcopy=False):
+        how = trial.user_attrs.get(OUTCOME)
+        given_up = trial.state.is_finished() and how is None
+        if given_up or how == DUPLICATE or trial.number in retried:
+            continue
+        if MEMBER in trial.user_attrs:
+            yield trial
