@@ -6,7 +6,8 @@ import jax
 
 from mbn_jax.checkpoints import Checkpoints
 from mbn_jax.errors import UserError
-from mbn_jax.experiment import Programs, load_dataset_split
+from mbn_jax.experiment import load_dataset_split
+from mbn_jax.program import Programs
 from mbn_jax.workdir import CHECKPOINTS, load_config
 
 

@@ -1,16 +1,9 @@
-"""What a configuration stands for: data, network, optimizer and what a device runs.
-
-Three things, one on top of the other. An `Experiment` is checked configuration, data and the pure
-functions of one device. A `Program` is an experiment compiled for its devices, with the data on
-them. `Programs` keeps the programs that exist, so that runs which differ only in the numbers of
-`mbn_jax.config.TRACED` share one.
-"""
+"""What a configuration stands for: data, network, optimizer and what a device runs."""
 
 import dataclasses
 import functools
-import math
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -25,18 +18,13 @@ from mbn_jax.datasets.images import Split, load_split
 from mbn_jax.datasets.pipeline import (
     BatchOrder,
     augment,
-    evaluation_batches,
     example_keys,
     pixel_statistics,
     standardize,
     take,
 )
 from mbn_jax.diagnostics import (
-    inference_statistics,
-    layers_with_statistics,
     record_norm_inputs,
-    statistics_error,
-    update_shift,
 )
 from mbn_jax.double_forward import TrainState, make_train_step
 from mbn_jax.errors import UserError
@@ -45,17 +33,7 @@ from mbn_jax.norms import LAYERS, build_norm
 from mbn_jax.optimizers import build_optimizer, build_schedule
 from mbn_jax.parallel import (
     AXIS_NAME,
-    Devices,
-    distribute,
-    first_device,
-    gather_over_hosts,
-    local_devices,
-    map_over_devices,
-    pool_over_devices,
-    replicate,
-    split_over_devices,
 )
-from mbn_jax.statistics import Moments, batch_moments, pool_groups
 
 PyTree = Any
 Batch = dict[str, jax.Array]
@@ -251,284 +229,6 @@ class Experiment:
             "count": jnp.sum(batch["mask"]),
         }
         return jax.tree.map(jnp.add, totals, jax.lax.psum(sums, AXIS_NAME))
-
-    def update_shift(
-        self, state: TrainState, values: Batch, data: Batch, block: Batch
-    ) -> dict[str, dict[str, jax.Array]]:
-        """Measures what the next update does to the statistics of its own batch.
-
-        Args:
-          state: of the device, before the update; it stays as it is.
-          values: of the run.
-          data: the training split, or empty where batches come decoded.
-          block: as `batch_of_step` takes it.
-
-        Returns:
-          `mbn_jax.diagnostics.update_shift` by layer; averaged over devices.
-        """
-        batch = self.batch_of_step(values, state, data, block)
-        new, _ = self.step(values)(state, batch)
-        synced = self.config.norm.sync == "sync"
-
-        def moments(x: jax.Array) -> Moments:
-            return _moments(x, axis_name=AXIS_NAME if synced else None)
-
-        def inputs(params: PyTree) -> dict[str, Moments]:
-            variables = {"params": params, "batch_stats": state.batch_stats}
-            with record_norm_inputs(LAYERS, self.config.shift.layers, moments) as recorded:
-                self.model(values).apply(
-                    variables,
-                    batch["image"],
-                    train=True,
-                    mutable=["batch_stats"],
-                    rngs={"dropout": state.key},  # The same draws before and after.
-                )
-            return recorded
-
-        before, after = inputs(state.params), inputs(new.params)
-        stats = self._inference_statistics(state.batch_stats, values)
-        shifts = {}
-        for layer, moments_before in before.items():
-            _, var = stats.get(layer.split("#")[0], (None, moments_before.var))
-            epsilon = self.config.norm.epsilon
-            shifts[layer] = update_shift(moments_before, after[layer], var, epsilon)
-        return jax.lax.pmean(shifts, AXIS_NAME)
-
-    def norm_inputs(
-        self,
-        totals: dict[str, Moments],
-        values: Batch,
-        params: PyTree,
-        batch_stats: PyTree,
-        data: Batch,
-        batch: Batch,
-    ) -> dict[str, Moments]:
-        """Adds one batch, at inference and augmented, to the moments of what the norms are given.
-
-        Args:
-          totals: by layer, or empty before the first batch.
-          values: of the run.
-          params: of the network.
-          batch_stats: that inference goes by.
-          data: the split, or empty where batches come decoded.
-          batch: as `evaluation_batches` yields them, and 'number', which one it is.
-
-        Returns:
-          The moments over all devices and batches so far, by layer.
-        """
-        mask = batch["mask"]
-        examples = take(data, {k: v for k, v in batch.items() if k not in ("mask", "number")})
-        batch = self.augmented(values, examples, batch["number"])
-
-        def moments(x: jax.Array) -> Moments:
-            return _moments(x, AXIS_NAME, mask.reshape(-1, *(1,) * (x.ndim - 1)))
-
-        variables = {"params": params, "batch_stats": batch_stats}
-        with record_norm_inputs(LAYERS, self.config.shift.layers, moments) as recorded:
-            self.model(values).apply(variables, batch["image"], train=False)
-        if not totals:
-            return recorded
-        both = jax.tree.map(lambda *x: jnp.stack(x), totals, recorded)
-        return {layer: pool_groups(moments) for layer, moments in both.items()}
-
-    def statistics_errors(
-        self, population: dict[str, Moments], values: Batch, batch_stats: PyTree
-    ) -> dict[str, dict[str, jax.Array]]:
-        """Returns `mbn_jax.diagnostics.statistics_error` for each layer that keeps statistics."""
-        stats = self._inference_statistics(batch_stats, values)
-        errors = {}
-        for layer, moments in population.items():
-            if (path := layer.split("#")[0]) in stats:
-                mean, var = stats[path]
-                errors[layer] = statistics_error(mean, var, moments, self.config.norm.epsilon)
-        return errors
-
-    def _inference_statistics(self, batch_stats: PyTree, values: Batch):
-        size, decay = values["norm.memory_size"], values["norm.decay"]
-        return {
-            path: inference_statistics(stats, size, decay)
-            for path, stats in layers_with_statistics(batch_stats).items()
-        }
-
-
-class Program:
-    """An experiment on its devices: compiled as it is needed, with its data.
-
-    Attributes:
-      experiment: what it runs.
-      devices: on which; None: all, of all hosts.
-      step_compilations: how often the training step was compiled.
-    """
-
-    def __init__(self, experiment: Experiment, data: Callable[[Split], Batch], devices: Devices):
-        """Compiles nothing yet; `data` returns what the devices hold of a split."""
-        self.experiment = experiment
-        self.data = data
-        self.devices = devices
-        self.step_compilations = 0
-        self._dispatches: dict[int, Callable] = {}
-        # On the devices of the run, not on the process's first.
-        self._init = jax.jit(
-            experiment.initial_state,
-            out_shardings=jax.sharding.SingleDeviceSharding(local_devices(devices)[0]),
-        )
-        self._evaluate = self._map(experiment.evaluate)
-        self._update_shift = self._map(experiment.update_shift)
-        self._norm_inputs = self._map(experiment.norm_inputs)
-        self._statistics_errors = self._map(experiment.statistics_errors)
-
-    def _map(self, function: Callable, **options) -> Callable:
-        runtime = self.experiment.config.runtime
-        return map_over_devices(function, runtime=runtime, devices=self.devices, **options)
-
-    def initial_state(self, config: ConfigDict) -> TrainState:
-        """Returns the state of one device before the first step."""
-        return self._init(config_lib.traced_values(config))
-
-    def dispatch(self, num_steps: int) -> Callable:
-        """Returns `Experiment.dispatch` of so many steps for all devices; donates the state."""
-        if num_steps not in self._dispatches:
-
-            def dispatch(state, values, data, block):
-                self.step_compilations += 1
-                return self.experiment.dispatch(state, values, data, block, num_steps=num_steps)
-
-            self._dispatches[num_steps] = self._map(dispatch, donate_argnums=(0,))
-        return self._dispatches[num_steps]
-
-    def evaluate(
-        self, config: ConfigDict, state: TrainState, split: Split | None = None
-    ) -> dict[str, float]:
-        """Evaluates by the statistics in the state, by the rule that training used.
-
-        Exactly: every example counts once, the last batch is padded and masked.
-
-        Args:
-          config: of the run.
-          state: arrays `[devices, ...]`; statistics that devices keep for themselves are pooled
-            first.
-          split: default: the test split.
-
-        Returns:
-          'loss', the mean cross-entropy, and 'error', the share of wrong predictions.
-        """
-        split = split or self.experiment.test
-        batch_stats = self._inference_stats(state)
-        values = replicate(config_lib.traced_values(config), self.devices)
-        # Each batch adds to the sums of the one before: one runs after the other, nothing piles up.
-        totals = {"loss": np.float32(0), "wrong": np.int32(0), "count": np.int32(0)}
-        totals = replicate(totals, self.devices)
-        for batch in self._batches_of(split, config.eval_batch_size):
-            data = self.data(split)
-            totals = self._evaluate(totals, values, state.params, batch_stats, data, batch)
-        sums = {name: float(value[0]) for name, value in jax.device_get(totals).items()}
-        return {"loss": sums["loss"] / sums["count"], "error": sums["wrong"] / sums["count"]}
-
-    def measure_shift(
-        self, config: ConfigDict, state: TrainState, block: Batch | None
-    ) -> dict[str, float]:
-        """Measures the next update's shift of the statistics, and the error that they have now.
-
-        Args:
-          config: of the run; `config.shift` says which layers, and which population.
-          state: arrays `[devices, ...]`.
-          block: on the devices, with the next batch; None at the end of a run, which has none.
-
-        Returns:
-          'shift_mean', 'shift_std' and 'shift_kl' of the next update (see
-          `mbn_jax.diagnostics.update_shift`), and 'error_mean' and 'error_log_variance' of the
-          statistics for inference against those of the training split, augmented as in training
-          (see `statistics_error`): the average over layers, and '/LAYER' for each.
-        """
-        values = replicate(config_lib.traced_values(config), self.devices)
-        split = self.experiment.train
-        data = self.data(split)
-        measured = []
-        if block is not None:
-            measured.append(("shift", self._update_shift(state, values, data, block)))
-        batch_stats = self._inference_stats(state)
-        population: dict[str, Moments] = {}
-        batches = self._batches_of(split, config.eval_batch_size, config.shift.examples)
-        for number, batch in enumerate(batches):
-            batch["number"] = replicate(np.int32(number), self.devices)
-            population = self._norm_inputs(
-                population, values, state.params, batch_stats, data, batch
-            )
-        if batch_stats:
-            errors = self._statistics_errors(population, values, batch_stats)
-            measured.append(("error", errors))
-        found = {}
-        for kind, layers in measured:
-            host = jax.device_get(first_device(layers))
-            for name in {name: None for values in host.values() for name in values}:
-                by_layer = {layer: float(values[name]) for layer, values in host.items()}
-                found[f"{kind}_{name}"] = sum(by_layer.values()) / len(by_layer)
-                found |= {f"{kind}_{name}/{layer}": value for layer, value in by_layer.items()}
-        return found
-
-    def _inference_stats(self, state: TrainState) -> PyTree:
-        """Returns the statistics that inference goes by: of all devices together."""
-        if not self.experiment.local_statistics:
-            return state.batch_stats
-        pooled = pool_over_devices(gather_over_hosts(state.batch_stats))
-        return replicate(pooled, self.devices)
-
-    def _batches_of(self, split: Split, batch_size: int, examples: int = 0) -> Iterator[Batch]:
-        """Yields every example of a split (or the first few) once, on the devices."""
-        count = self.experiment.num_devices
-        batches = evaluation_batches(
-            split,
-            math.ceil(min(batch_size, examples or len(split)) / count) * count,
-            num_examples=examples,
-            process_index=0 if self.devices else jax.process_index(),
-            process_count=1 if self.devices else jax.process_count(),
-        )
-        for batch in batches:
-            yield distribute(split_over_devices(batch, devices=self.devices), self.devices)
-
-
-class Programs:
-    """The programs on some devices, made as configs ask for them.
-
-    Attributes:
-      devices: on which; None: all, of all hosts.
-    """
-
-    def __init__(self, devices: Devices = None):
-        """Makes none yet."""
-        self.devices = devices
-        self._programs: dict[str, Program] = {}
-        self._data: dict[int, tuple[Split, Batch]] = {}
-
-    def get(self, config: ConfigDict) -> Program:
-        """Returns the program that serves `config`; raises UserError as `Experiment.build`."""
-        config_lib.validate(config)
-        key = config_lib.program_key(config)
-        if key not in self._programs:
-            count = len(self.devices) if self.devices else None
-            experiment = Experiment.build(config, num_devices=count)
-            self._programs[key] = Program(experiment, self._data_of, self.devices)
-        return self._programs[key]
-
-    def _data_of(self, split: Split) -> Batch:
-        """Returns a split's arrays on every device, or `{}` where it is decoded as it is used."""
-        if split.images is None:
-            return {}
-        if id(split) not in self._data:  # An id is one split's for as long as that is kept.
-            arrays = {"image": split.images, "label": split.labels}
-            self._data[id(split)] = split, replicate(arrays, self.devices)
-        return self._data[id(split)][1]
-
-    @property
-    def step_compilations(self) -> int:
-        """How often a training step was compiled, over all programs."""
-        return sum(program.step_compilations for program in self._programs.values())
-
-
-def _moments(x: jax.Array, axis_name: str | None, mask: jax.Array | None = None) -> Moments:
-    """Returns the moments of a layer's input, exactly: two passes, channels last."""
-    axes = tuple(range(x.ndim - 1))
-    return batch_moments(x, axes, axis_name=axis_name, mask=mask, use_fast_variance=False)
 
 
 def _keys(values: Batch) -> jax.Array:

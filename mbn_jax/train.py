@@ -16,7 +16,7 @@ from mbn_jax.config import steps_per_epoch, traced_values
 from mbn_jax.datasets.pipeline import training_blocks
 from mbn_jax.diagnostics import memory_distance
 from mbn_jax.double_forward import TrainState
-from mbn_jax.experiment import Batch, Program, Programs
+from mbn_jax.experiment import Batch
 from mbn_jax.parallel import (
     distribute,
     first_device,
@@ -24,6 +24,7 @@ from mbn_jax.parallel import (
     replicate,
     split_over_devices,
 )
+from mbn_jax.program import Program, Programs
 from mbn_jax.reporting import Reporter, draw_curves, read_metrics
 from mbn_jax.workdir import CHECKPOINTS, CONFIG, open_workdir, save_config
 
@@ -169,7 +170,7 @@ def _run(
             if config.norm.name == "memorized":
                 reporter.write(step, _distances(state, config), only_events=True)
         if measures:
-            values |= program.measure_shift(config, state, None if last else block)
+            values |= program.shift.measure(config, state, None if last else block)
         reporter.write(step, values)
         if saves:
             # The loss told of the parameters before the last update only.
@@ -219,7 +220,7 @@ def estimate_seconds(program: Program, config: ConfigDict, seconds: float) -> fl
     evaluation = time_of_second(lambda: program.evaluate(config, state))
     total += evaluation * -(-total_steps // (config.eval_every_steps or epoch))
     if config.shift.every_steps:
-        measurement = time_of_second(lambda: program.measure_shift(config, state, None))
+        measurement = time_of_second(lambda: program.shift.measure(config, state, None))
         total += measurement * (total_steps // config.shift.every_steps)
     return total
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from mbn_jax.config import default_config, traced_values
-from mbn_jax.experiment import Programs
 from mbn_jax.parallel import replicate
+from mbn_jax.program import Programs
 from mbn_jax.reporting import read_metrics
 from mbn_jax.train import _blocks, train
 
@@ -49,7 +49,7 @@ def test_shift_of_the_first_layer_by_hand(config, count, norm):
     config.norm.name = norm
     devices = jax.devices()[:count]
     program, state, values, data, block = after_steps(config, devices, 3)
-    measured = program.measure_shift(config, state, block)
+    measured = program.shift.measure(config, state, block)
     experiment = program.experiment
     images = experiment.images({"image": jnp.asarray(experiment.train.images)})
     batch = images[experiment.order(config).steps(3, 4)[0]]
@@ -86,14 +86,14 @@ def test_a_memory_of_the_whole_population_is_without_error(config, count):
     config.optimizer.learning_rate = 1e-30  # The parameters stay.
     config.norm.memory_size = 10  # Ten batches of 16 are all 160 images.
     program, state, *_ = after_steps(config, jax.devices()[:count], 10)
-    measured = program.measure_shift(config, state, None)
+    measured = program.shift.measure(config, state, None)
     # Float32 statistics; the first layer alone does not depend on other layers' statistics.
     assert measured["error_mean/MemorizedBatchNorm_0"] < 1e-5
     assert measured["error_log_variance/MemorizedBatchNorm_0"] < 1e-5
     assert not [name for name in measured if name.startswith("shift")]
     config.norm.memory_size = 3
     program, state, *_ = after_steps(config, jax.devices()[:count], 10)
-    partial = program.measure_shift(config, state, None)
+    partial = program.shift.measure(config, state, None)
     images = program.experiment.images({"image": jnp.asarray(program.experiment.train.images)})
     kernel = state.params["Conv_0"]["kernel"][0]
     inputs = jax.lax.conv_general_dilated(

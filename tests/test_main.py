@@ -10,8 +10,8 @@ import pytest
 from mbn_jax.config import default_config
 from mbn_jax.config_files import parse_config
 from mbn_jax.errors import UserError
-from mbn_jax.experiment import Program
 from mbn_jax.main import eval_command, train_command
+from mbn_jax.program import Program
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.py")

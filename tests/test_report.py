@@ -39,6 +39,8 @@ SWEEP = Sweep(
     ],
 )
 
+COST = {"seconds": 2.0, "step_compilations": 0, "peak_bytes": 3 << 20}
+
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
@@ -60,13 +62,13 @@ def workdir(tmp_path_factory):
         ]
         trial.set_user_attr(store.RECORDS, records)
         if (size, norm, member.seed) == (2, "batch", 3):
+            trial.set_user_attr(store.COST, COST)
             trial.set_user_attr(store.REASON, "The loss of step 7 is nan <&>")
             trial.set_user_attr(store.STEP, 7)
             trial.set_user_attr(store.OUTCOME, store.DIVERGED)
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
             continue
-        cost = {"seconds": 2.0, "step_compilations": int(member.seed == 0), "peak_bytes": 3 << 20}
-        trial.set_user_attr(store.COST, cost)
+        trial.set_user_attr(store.COST, COST | {"step_compilations": int(member.seed == 0)})
         trial.set_user_attr(store.OUTCOME, store.FINISHED)
         study.tell(trial, error)
     report_sweep(workdir)
@@ -103,6 +105,7 @@ def test_the_tables_are_right(workdir):
     assert "| batch | 2 | 3 | diverged | 7 |" in text
     assert "| compilations of the step | 6 |" in text
     assert "| peak memory, MiB | 3 |" in text
+    assert "| members run | 24 |" in text
     assert "baseline" not in text.lower().split("## how to repeat it")[0]
     assert "Difference: from norm batch" in text
 

@@ -18,8 +18,8 @@ from optuna.trial import TrialState
 from mbn_jax.config import default_config
 from mbn_jax.config_files import parse_config
 from mbn_jax.errors import UserError
-from mbn_jax.experiment import Programs
 from mbn_jax.main import report_command, sweep_command
+from mbn_jax.program import Programs
 from mbn_jax.reporting import read_metrics
 from mbn_jax.sweeps import Figure, Sweep
 from mbn_jax.sweeps import runner as runner_module

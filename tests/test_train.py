@@ -16,8 +16,9 @@ from mbn_jax.checkpoints import Checkpoints
 from mbn_jax.config import default_config, traced_values
 from mbn_jax.errors import UserError
 from mbn_jax.evaluation import evaluate_run
-from mbn_jax.experiment import Experiment, Programs
+from mbn_jax.experiment import Experiment
 from mbn_jax.parallel import pool_over_devices, replicate
+from mbn_jax.program import Programs
 from mbn_jax.reporting import read_metrics
 from mbn_jax.train import DivergenceError, train
 from mbn_jax.workdir import CHECKPOINTS

@@ -217,10 +217,10 @@ def _scaled(column: pd.Series) -> pd.Series:
 def _label(name: str) -> str:
     """Returns a column's name for people.
 
-    >>> _label('norm.memory_size'), _label('test_error')
-    ('memory size', 'test error (%)')
+    >>> _label('norm.memory_size'), _label('norm.name'), _label('test_error')
+    ('memory size', 'norm', 'test error (%)')
     """
-    text = name.split(".")[-1].replace("_", " ")
+    text = name.removesuffix(".name").split(".")[-1].replace("_", " ")
     return f"{text} (%)" if name in PERCENT else text
 
 
@@ -305,7 +305,7 @@ def _cost(study: optuna.Study, results: pd.DataFrame) -> pd.DataFrame:
     rate = results["images_per_second"].median() if "images_per_second" in results else np.nan
     median = np.median(seconds) if seconds else np.nan
     cells = {
-        "members finished": len(costs),
+        "members run": len(costs),
         "seconds a member (median, since its last start)": f"{median:.1f}",
         "seconds in all of these": f"{sum(seconds):.0f}",
         "images/s a member (median)": f"{rate:,.0f}",

@@ -18,7 +18,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mbn_jax import config as config_lib
 from mbn_jax.errors import UserError
-from mbn_jax.experiment import Programs
+from mbn_jax.program import Programs
 from mbn_jax.reporting import read_metrics
 from mbn_jax.sweeps import storage as store
 from mbn_jax.sweeps.declaration import Member, Sweep
@@ -233,14 +233,15 @@ class Runner:
                 raise _StoppedError
 
         begin, compiled = time.monotonic(), programs.step_compilations
-        final = train(config, folder, programs=programs, on_record=on_record)
-        cost = {
-            "seconds": time.monotonic() - begin,
-            "step_compilations": programs.step_compilations - compiled,
-            "peak_bytes": _peak_bytes(device),
-        }
-        trial.set_user_attr(store.COST, cost)
-        return final
+        try:
+            return train(config, folder, programs=programs, on_record=on_record)
+        finally:
+            cost = {
+                "seconds": time.monotonic() - begin,
+                "step_compilations": programs.step_compilations - compiled,
+                "peak_bytes": _peak_bytes(device),
+            }
+            trial.set_user_attr(store.COST, cost)
 
     def _record(self, trial, folder, outcome: str, reason: str = "", step: int | None = None):
         """Writes down how a member ended; the outcome last, for it makes the rest count."""

@@ -1,0 +1,168 @@
+"""An experiment on its devices: what is compiled, and the data that is there.
+
+`Programs` keeps those that exist, so that runs which differ only in the numbers of
+`mbn_jax.config.TRACED` share one.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mbn_jax import config as config_lib
+from mbn_jax.datasets.images import Split
+from mbn_jax.datasets.pipeline import evaluation_batches
+from mbn_jax.double_forward import TrainState
+from mbn_jax.experiment import Batch, Experiment
+from mbn_jax.parallel import (
+    Devices,
+    distribute,
+    gather_over_hosts,
+    local_devices,
+    map_over_devices,
+    pool_over_devices,
+    replicate,
+    split_over_devices,
+)
+from mbn_jax.shift import ShiftMeter
+
+PyTree = Any
+
+
+class Program:
+    """An experiment on its devices: compiled as it is needed, with its data.
+
+    Attributes:
+      experiment: what it runs.
+      devices: on which; None: all, of all hosts.
+      step_compilations: how often the training step was compiled.
+    """
+
+    def __init__(self, experiment: Experiment, data: Callable[[Split], Batch], devices: Devices):
+        """Compiles nothing yet; `data` returns what the devices hold of a split."""
+        self.experiment = experiment
+        self.data = data
+        self.devices = devices
+        self.step_compilations = 0
+        self._dispatches: dict[int, Callable] = {}
+        # On the devices of the run, not on the process's first.
+        self._init = jax.jit(
+            experiment.initial_state,
+            out_shardings=jax.sharding.SingleDeviceSharding(local_devices(devices)[0]),
+        )
+        self._evaluate = self.map_over_devices(experiment.evaluate)
+
+    def map_over_devices(self, function: Callable, **options) -> Callable:
+        """Compiles a function of one device for all of them."""
+        runtime = self.experiment.config.runtime
+        return map_over_devices(function, runtime=runtime, devices=self.devices, **options)
+
+    @functools.cached_property
+    def shift(self) -> ShiftMeter:
+        """What measures the shift of the statistics."""
+        return ShiftMeter(self)
+
+    def initial_state(self, config: ConfigDict) -> TrainState:
+        """Returns the state of one device before the first step."""
+        return self._init(config_lib.traced_values(config))
+
+    def dispatch(self, num_steps: int) -> Callable:
+        """Returns `Experiment.dispatch` of so many steps for all devices; donates the state."""
+        if num_steps not in self._dispatches:
+
+            def dispatch(state, values, data, block):
+                self.step_compilations += 1
+                return self.experiment.dispatch(state, values, data, block, num_steps=num_steps)
+
+            self._dispatches[num_steps] = self.map_over_devices(dispatch, donate_argnums=(0,))
+        return self._dispatches[num_steps]
+
+    def evaluate(
+        self, config: ConfigDict, state: TrainState, split: Split | None = None
+    ) -> dict[str, float]:
+        """Evaluates by the statistics in the state, by the rule that training used.
+
+        Exactly: every example counts once, the last batch is padded and masked.
+
+        Args:
+          config: of the run.
+          state: arrays `[devices, ...]`; statistics that devices keep for themselves are pooled
+            first.
+          split: default: the test split.
+
+        Returns:
+          'loss', the mean cross-entropy, and 'error', the share of wrong predictions.
+        """
+        split = split or self.experiment.test
+        batch_stats = self.inference_stats(state)
+        values = replicate(config_lib.traced_values(config), self.devices)
+        # Each batch adds to the sums of the one before: one runs after the other, nothing piles up.
+        totals = {"loss": np.float32(0), "wrong": np.int32(0), "count": np.int32(0)}
+        totals = replicate(totals, self.devices)
+        for batch in self.batches_of(split, config.eval_batch_size):
+            data = self.data(split)
+            totals = self._evaluate(totals, values, state.params, batch_stats, data, batch)
+        sums = {name: float(value[0]) for name, value in jax.device_get(totals).items()}
+        return {"loss": sums["loss"] / sums["count"], "error": sums["wrong"] / sums["count"]}
+
+    def inference_stats(self, state: TrainState) -> PyTree:
+        """Returns the statistics that inference goes by: of all devices together."""
+        if not self.experiment.local_statistics:
+            return state.batch_stats
+        pooled = pool_over_devices(gather_over_hosts(state.batch_stats))
+        return replicate(pooled, self.devices)
+
+    def batches_of(self, split: Split, batch_size: int, examples: int = 0) -> Iterator[Batch]:
+        """Yields every example of a split (or the first few) once, on the devices."""
+        count = self.experiment.num_devices
+        batches = evaluation_batches(
+            split,
+            math.ceil(min(batch_size, examples or len(split)) / count) * count,
+            num_examples=examples,
+            process_index=0 if self.devices else jax.process_index(),
+            process_count=1 if self.devices else jax.process_count(),
+        )
+        for batch in batches:
+            yield distribute(split_over_devices(batch, devices=self.devices), self.devices)
+
+
+class Programs:
+    """The programs on some devices, made as configs ask for them.
+
+    Attributes:
+      devices: on which; None: all, of all hosts.
+    """
+
+    def __init__(self, devices: Devices = None):
+        """Makes none yet."""
+        self.devices = devices
+        self._programs: dict[str, Program] = {}
+        self._data: dict[int, tuple[Split, Batch]] = {}
+
+    def get(self, config: ConfigDict) -> Program:
+        """Returns the program that serves `config`; raises UserError as `Experiment.build`."""
+        config_lib.validate(config)
+        key = config_lib.program_key(config)
+        if key not in self._programs:
+            count = len(self.devices) if self.devices else None
+            experiment = Experiment.build(config, num_devices=count)
+            self._programs[key] = Program(experiment, self._data_of, self.devices)
+        return self._programs[key]
+
+    def _data_of(self, split: Split) -> Batch:
+        """Returns a split's arrays on every device, or `{}` where it is decoded as it is used."""
+        if split.images is None:
+            return {}
+        if id(split) not in self._data:  # An id is one split's for as long as that is kept.
+            arrays = {"image": split.images, "label": split.labels}
+            self._data[id(split)] = split, replicate(arrays, self.devices)
+        return self._data[id(split)][1]
+
+    @property
+    def step_compilations(self) -> int:
+        """How often a training step was compiled, over all programs."""
+        return sum(program.step_compilations for program in self._programs.values())

@@ -1,0 +1,190 @@
+"""Measures the distribution shift of a run: what an update does to the statistics of its norms."""
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from mbn_jax import config as config_lib
+from mbn_jax.datasets.pipeline import take
+from mbn_jax.diagnostics import (
+    inference_statistics,
+    layers_with_statistics,
+    record_norm_inputs,
+    statistics_error,
+    update_shift,
+)
+from mbn_jax.double_forward import TrainState
+from mbn_jax.experiment import Batch
+from mbn_jax.norms import LAYERS
+from mbn_jax.parallel import AXIS_NAME, first_device, replicate
+from mbn_jax.statistics import Moments, batch_moments, pool_groups
+
+if TYPE_CHECKING:
+    from mbn_jax.program import Program
+
+PyTree = Any
+
+
+class ShiftMeter:
+    """Measures states of the runs that one program serves."""
+
+    def __init__(self, program: "Program"):
+        """Compiles nothing yet."""
+        self._program = program
+        self._experiment = program.experiment
+        self._update_shift = program.map_over_devices(self._device_update_shift)
+        self._norm_inputs = program.map_over_devices(self._device_norm_inputs)
+        self._statistics_errors = program.map_over_devices(self._device_statistics_errors)
+
+    def measure(
+        self, config: ConfigDict, state: TrainState, block: Batch | None
+    ) -> dict[str, float]:
+        """Measures the next update's shift of the statistics, and the error that they have now.
+
+        Args:
+          config: of the run; `config.shift` says which layers, and which population.
+          state: arrays `[devices, ...]`.
+          block: on the devices, with the next batch; None at the end of a run, which has none.
+
+        Returns:
+          'shift_mean', 'shift_std' and 'shift_kl' of the next update (see
+          `mbn_jax.diagnostics.update_shift`), and 'error_mean' and 'error_log_variance' of the
+          statistics for inference against those of the training split, augmented as in training
+          (see `statistics_error`): the average over layers, and '/LAYER' for each.
+        """
+        values = replicate(config_lib.traced_values(config), self._program.devices)
+        split = self._experiment.train
+        data = self._program.data(split)
+        measured = []
+        if block is not None:
+            measured.append(("shift", self._update_shift(state, values, data, block)))
+        batch_stats = self._program.inference_stats(state)
+        population: dict[str, Moments] = {}
+        batches = self._program.batches_of(split, config.eval_batch_size, config.shift.examples)
+        for number, batch in enumerate(batches):
+            batch["number"] = replicate(np.int32(number), self._program.devices)
+            population = self._norm_inputs(
+                population, values, state.params, batch_stats, data, batch
+            )
+        if batch_stats:
+            errors = self._statistics_errors(population, values, batch_stats)
+            measured.append(("error", errors))
+        found = {}
+        for kind, layers in measured:
+            host = jax.device_get(first_device(layers))
+            for name in {name: None for values in host.values() for name in values}:
+                by_layer = {layer: float(values[name]) for layer, values in host.items()}
+                found[f"{kind}_{name}"] = sum(by_layer.values()) / len(by_layer)
+                found |= {f"{kind}_{name}/{layer}": value for layer, value in by_layer.items()}
+        return found
+
+    def _device_update_shift(
+        self, state: TrainState, values: Batch, data: Batch, block: Batch
+    ) -> dict[str, dict[str, jax.Array]]:
+        """Measures what the next update does to the statistics of its own batch.
+
+        Args:
+          state: of the device, before the update; it stays as it is.
+          values: of the run.
+          data: the training split, or empty where batches come decoded.
+          block: as `batch_of_step` takes it.
+
+        Returns:
+          `mbn_jax.diagnostics.update_shift` by layer; averaged over devices.
+        """
+        batch = self._experiment.batch_of_step(values, state, data, block)
+        new, _ = self._experiment.step(values)(state, batch)
+        synced = self._experiment.config.norm.sync == "sync"
+
+        def moments(x: jax.Array) -> Moments:
+            return _moments(x, axis_name=AXIS_NAME if synced else None)
+
+        def inputs(params: PyTree) -> dict[str, Moments]:
+            variables = {"params": params, "batch_stats": state.batch_stats}
+            with record_norm_inputs(
+                LAYERS, self._experiment.config.shift.layers, moments
+            ) as recorded:
+                self._experiment.model(values).apply(
+                    variables,
+                    batch["image"],
+                    train=True,
+                    mutable=["batch_stats"],
+                    rngs={"dropout": state.key},  # The same draws before and after.
+                )
+            return recorded
+
+        before, after = inputs(state.params), inputs(new.params)
+        stats = self._inference_statistics(state.batch_stats, values)
+        shifts = {}
+        for layer, moments_before in before.items():
+            _, var = stats.get(layer.split("#")[0], (None, moments_before.var))
+            epsilon = self._experiment.config.norm.epsilon
+            shifts[layer] = update_shift(moments_before, after[layer], var, epsilon)
+        return jax.lax.pmean(shifts, AXIS_NAME)
+
+    def _device_norm_inputs(
+        self,
+        totals: dict[str, Moments],
+        values: Batch,
+        params: PyTree,
+        batch_stats: PyTree,
+        data: Batch,
+        batch: Batch,
+    ) -> dict[str, Moments]:
+        """Adds one batch, at inference and augmented, to the moments of what the norms are given.
+
+        Args:
+          totals: by layer, or empty before the first batch.
+          values: of the run.
+          params: of the network.
+          batch_stats: that inference goes by.
+          data: the split, or empty where batches come decoded.
+          batch: as `evaluation_batches` yields them, and 'number', which one it is.
+
+        Returns:
+          The moments over all devices and batches so far, by layer.
+        """
+        mask = batch["mask"]
+        examples = take(data, {k: v for k, v in batch.items() if k not in ("mask", "number")})
+        batch = self._experiment.augmented(values, examples, batch["number"])
+
+        def moments(x: jax.Array) -> Moments:
+            return _moments(x, AXIS_NAME, mask.reshape(-1, *(1,) * (x.ndim - 1)))
+
+        variables = {"params": params, "batch_stats": batch_stats}
+        with record_norm_inputs(LAYERS, self._experiment.config.shift.layers, moments) as recorded:
+            self._experiment.model(values).apply(variables, batch["image"], train=False)
+        if not totals:
+            return recorded
+        both = jax.tree.map(lambda *x: jnp.stack(x), totals, recorded)
+        return {layer: pool_groups(moments) for layer, moments in both.items()}
+
+    def _device_statistics_errors(
+        self, population: dict[str, Moments], values: Batch, batch_stats: PyTree
+    ) -> dict[str, dict[str, jax.Array]]:
+        """Returns `mbn_jax.diagnostics.statistics_error` for each layer that keeps statistics."""
+        stats = self._inference_statistics(batch_stats, values)
+        errors = {}
+        for layer, moments in population.items():
+            if (path := layer.split("#")[0]) in stats:
+                mean, var = stats[path]
+                errors[layer] = statistics_error(
+                    mean, var, moments, self._experiment.config.norm.epsilon
+                )
+        return errors
+
+    def _inference_statistics(self, batch_stats: PyTree, values: Batch):
+        size, decay = values["norm.memory_size"], values["norm.decay"]
+        return {
+            path: inference_statistics(stats, size, decay)
+            for path, stats in layers_with_statistics(batch_stats).items()
+        }
+
+
+def _moments(x: jax.Array, axis_name: str | None, mask: jax.Array | None = None) -> Moments:
+    """Returns the moments of a layer's input, exactly: two passes, channels last."""
+    axes = tuple(range(x.ndim - 1))
+    return batch_moments(x, axes, axis_name=axis_name, mask=mask, use_fast_variance=False)
