@@ -1,6 +1,7 @@
 """Sweeps: one program for many members, each run once, whatever is killed and whoever helps."""
 
 import dataclasses
+import functools
 import json
 import os
 import random
@@ -33,6 +34,21 @@ from mbn_jax.train import train
 pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage:UserWarning")
 
 TIMES = ["images_per_second", "seconds"]
+
+
+@pytest.fixture
+def share_programs(monkeypatch):
+    """What one test has compiled serves the next."""
+    monkeypatch.setattr(runner_module, "Programs", programs_on)
+
+
+@functools.cache
+def programs_on_device(device):
+    return Programs([device])
+
+
+def programs_on(devices):
+    return programs_on_device(*devices)
 
 
 @pytest.fixture
@@ -131,6 +147,7 @@ def test_rates_decays_and_seeds_are_numbers_too(write_sweep, tmp_path):
     assert read_results(study).query("last")["train_loss"].nunique() == 16
 
 
+@pytest.mark.usefixtures("share_programs")
 def test_the_number_of_devices_changes_no_result(write_sweep, tmp_path):
     path = write_sweep({"norm.memory_size": (1, 4)}, seeds=3, **{"dataset.crop_padding": 1})
     for count in (1, 4):
@@ -140,6 +157,7 @@ def test_the_number_of_devices_changes_no_result(write_sweep, tmp_path):
     pd.testing.assert_frame_equal(one, four, check_exact=True)
 
 
+@pytest.mark.usefixtures("share_programs")
 def test_a_member_is_the_run_that_its_config_says(write_sweep, tmp_path):
     path = write_sweep({"norm.memory_size": (2, 8)}, seeds=2)
     run(path, [], None, tmp_path / "sweep")
@@ -158,6 +176,7 @@ def test_a_member_is_the_run_that_its_config_says(write_sweep, tmp_path):
     assert small["train_loss"] == pytest.approx(records(folder)[-1]["train_loss"], rel=1e-4)
 
 
+@pytest.mark.usefixtures("share_programs")
 def test_what_diverges_or_fails_is_recorded_and_the_rest_goes_on(
     write_sweep, tmp_path, monkeypatch
 ):
@@ -201,6 +220,7 @@ def test_what_diverges_or_fails_is_recorded_and_the_rest_goes_on(
     assert results.loc["bad", "outcome"].tolist() == ["diverged"] * 2
 
 
+@pytest.mark.usefixtures("share_programs")
 def test_more_members_can_be_added_later(write_sweep, tmp_path):
     workdir = tmp_path / "sweep"
     run(write_sweep({"norm.memory_size": (1, 4)}), [], None, workdir)
@@ -219,6 +239,7 @@ def test_more_members_can_be_added_later(write_sweep, tmp_path):
     assert "| 8 |" in (workdir / "report.md").read_text()
 
 
+@pytest.mark.usefixtures("share_programs")
 def test_a_member_in_work_keeps_its_capacity_when_larger_memories_are_added(
     write_sweep, tmp_path, monkeypatch
 ):
@@ -243,6 +264,7 @@ def test_a_member_in_work_keeps_its_capacity_when_larger_memories_are_added(
     assert capacity == {1: 4, 4: 4, 8: 8}
 
 
+@pytest.mark.usefixtures("share_programs")
 def test_another_meaning_of_a_variant_is_refused(write_sweep, tmp_path):
     workdir = tmp_path / "sweep"
     run(write_sweep({"rate": {"low": {"optimizer.learning_rate": 0.01}}}), [], None, workdir)
@@ -250,6 +272,7 @@ def test_another_meaning_of_a_variant_is_refused(write_sweep, tmp_path):
         run(write_sweep({"rate": {"low": {"optimizer.learning_rate": 0.02}}}), [], 2, workdir)
 
 
+@pytest.mark.usefixtures("share_programs")
 def test_a_sweep_may_move_to_another_folder(write_sweep, tmp_path, monkeypatch):
     path = write_sweep({"norm.memory_size": (1, 4)})
     run(path, [], None, tmp_path / "here")
@@ -258,6 +281,7 @@ def test_a_sweep_may_move_to_another_folder(write_sweep, tmp_path, monkeypatch):
     assert run(path, [], None, tmp_path / "there") == {"finished": 2}
 
 
+@pytest.mark.usefixtures("share_programs")
 def test_a_whole_number_among_fractions_is_a_fraction(write_sweep, tmp_path):
     axes = {"optimizer.weight_decay": (0, 0.1), "norm.decay": (1, 0.5)}
     assert run(write_sweep(axes), [], None, tmp_path / "sweep") == {"finished": 4}
@@ -300,6 +324,7 @@ def test_only_one_process_claims_a_trial(tmp_path):
     assert sum(bool(numbers) for numbers in claimed) > 1  # They did meet.
 
 
+@pytest.mark.usefixtures("share_programs")
 def test_a_runner_whose_member_was_taken_over_goes_on(write_sweep, tmp_path, monkeypatch):
     """As after the sleep of a laptop: heartbeats were missed, another runner has the member."""
     path = write_sweep({"norm.memory_size": (1, 4)})
@@ -329,6 +354,7 @@ def test_a_folder_has_one_writer(tmp_path):
         assert again
 
 
+@pytest.mark.usefixtures("share_programs")
 def test_a_sweep_of_another_config_is_refused(write_sweep, tmp_path):
     path = write_sweep({"norm.memory_size": (1, 4)})
     run(path, [], None, tmp_path / "sweep")
@@ -439,6 +465,7 @@ def test_an_interrupted_sweep_gives_its_members_back(write_sweep, tmp_path):
     assert report_command([str(tmp_path / "sweep")]) == 0
 
 
+@pytest.mark.usefixtures("share_programs")
 def test_results_are_one_tidy_table(write_sweep, tmp_path):
     axes = {
         "variant": {"small": {"norm.memory_size": 2, "norm.gradient": "through"}, "default": {}},
@@ -499,6 +526,7 @@ def test_summary_against_numbers_by_hand():
     assert np.isnan(table.loc["a", "difference"])
 
 
+@pytest.mark.usefixtures("share_programs")
 def test_dry_run_shows_the_members_and_writes_nothing(write_sweep, tmp_path, capsys):
     path = write_sweep({"norm.memory_size": (1, 4), "batch_size": (8, 16)}, seeds=2)
     assert sweep_command([path, f"--workdir={tmp_path / 'sweep'}", "--dry_run"]) == 0
@@ -509,6 +537,7 @@ def test_dry_run_shows_the_members_and_writes_nothing(write_sweep, tmp_path, cap
     assert not (tmp_path / "sweep").exists()
 
 
+@pytest.mark.usefixtures("share_programs")
 @pytest.mark.parametrize(
     ("axes", "argv", "message"),
     [

@@ -1,5 +1,6 @@
 """The main job end to end: on real digits, interrupted, damaged, on one device and eight."""
 
+import functools
 import json
 import os
 import pathlib
@@ -20,10 +21,15 @@ from mbn_jax.experiment import Experiment
 from mbn_jax.parallel import pool_over_devices, replicate
 from mbn_jax.program import Programs
 from mbn_jax.reporting import read_metrics
-from mbn_jax.train import DivergenceError, train
+from mbn_jax.train import DivergenceError
+from mbn_jax.train import train as train_anew
 from mbn_jax.workdir import CHECKPOINTS
 
 TIMES = {"images_per_second"}
+PROGRAMS = Programs()
+"""Of all tests: compiling takes longer than running."""
+
+train = functools.partial(train_anew, programs=PROGRAMS)
 
 
 @pytest.fixture
@@ -49,7 +55,7 @@ def records(workdir):
 
 def final_state(config, workdir):
     checkpoints = Checkpoints(pathlib.Path(workdir) / CHECKPOINTS)
-    program = Programs().get(config)
+    program = PROGRAMS.get(config)
     state = checkpoints.restore(
         program.initial_state(config), local_statistics=program.experiment.local_statistics
     )
@@ -175,7 +181,7 @@ def test_one_compilation_of_the_step_in_a_run(config, tmp_path):
     config.num_epochs = 1.05  # 42 steps: the last stack has 2.
     config.checkpoint_every_steps = 20
     programs = Programs()
-    train(config, tmp_path, programs=programs)
+    train_anew(config, tmp_path, programs=programs)
     assert programs.step_compilations == 2
 
 
