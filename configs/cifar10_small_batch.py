@@ -3,7 +3,7 @@
     mbn-train --config=configs/cifar10_small_batch.py --workdir=runs/cifar10_small_batch
 
 Needs the data set prepared once (docs/framework.md, "Data"). About a minute on 2 CPU cores.
-Results: docs/measurements.md, "Defaults".
+Results: docs/measurements.md.
 """
 
 from mbn_jax.config import default_config

@@ -14,7 +14,7 @@ def get_sweep():
         "the learning rate ends at 0, so does the shift that this mends; a constant rate keeps it.",
         configs={"digits": "../configs/digits.py", "cifar10": "../configs/cifar10_small_batch.py"},
         axes={
-            "norm.name": ("batch", "memorized"),
+            "norm.name": ("batch", "batch_renorm", "memorized"),
             "schedule.name": ("cosine", "constant"),
             "double_forward": ("off", "rewrite"),
         },

@@ -14,6 +14,7 @@ import optuna
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from mbn_jax.sweeps import storage as store
 from mbn_jax.sweeps.results import (
@@ -156,6 +157,10 @@ def draw(
         plot.label_outer()
         if figure["log_y"]:
             plot.set_yscale("log")
+            low, high = plot.get_ylim()
+            plain = FuncFormatter(lambda value, _: f"{value:g}")
+            plot.yaxis.set_major_formatter(plain)
+            plot.yaxis.set_minor_formatter(plain if high < 10 * low else NullFormatter())
         else:
             plot.set_ylim(bottom=0)
         plot.grid(alpha=0.3)
