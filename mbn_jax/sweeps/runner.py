@@ -152,16 +152,16 @@ class Runner:
         try:
             while not self._stop.is_set():
                 with self._looking:
-                    claimed = self._claim(device)
-                if claimed is None:
+                    ran = self._run_next(device)
+                if ran is None:
                     return
-                if not claimed:  # Others run elsewhere, and may yet be given up.
+                if not ran:  # Others run elsewhere, and may yet be given up.
                     self._stop.wait(POLL_SECONDS)
         except BaseException as error:  # Shown by the main thread, which waits for this one.
             self._errors.append(error)
             self._stop.set()
 
-    def _claim(self, device: jax.Device) -> bool | None:
+    def _run_next(self, device: jax.Device) -> bool | None:
         """Runs one member; False if all are taken, None if all are done."""
         store.give_up_stale(self._study)
         store.enqueue_missing(self._study, self.members, self._capacity)
