@@ -33,6 +33,7 @@ def get_sweep():
             "double_forward": ("off", "rewrite"),
         },
         baseline={"double_forward": "off"},
+        over_steps="mean",
         metrics=("test_error", "error_mean", "error_log_variance", "shift_mean", "shift_kl"),
         figures=[
             *(

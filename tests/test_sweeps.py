@@ -500,6 +500,8 @@ def test_a_summary_takes_the_last_value_that_was_measured():
     # 1 degree of freedom: a seed without the metric has no part in it.
     assert (row["mean"], row["seeds"]) == (2.0, 2)
     assert row["interval"] == pytest.approx(12.7062, rel=1e-5)
+    (row,) = summarize(results, {"x": ["a"]}, "value", {}, "mean").to_dict("records")
+    assert (row["mean"], row["seeds"]) == (1.75, 2)
 
 
 def test_summary_against_numbers_by_hand():
@@ -583,6 +585,7 @@ def test_mistakes_are_one_sentence_before_anything_runs(
         ({"figures": [Figure(x="step")]}, "must give each axis of .* a place"),
         ({"figures": [Figure(x="norm.decay", over_steps="avg")]}, "'last' or 'mean', got 'avg'"),
         ({"axes": {}}, "needs configs and axes"),
+        ({"over_steps": "first"}, "'last' or 'mean', got 'first'"),
     ],
 )
 def test_a_declaration_that_does_not_fit_together(changes, message):

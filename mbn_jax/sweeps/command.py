@@ -133,6 +133,7 @@ def describe(sweep: Sweep, config: ConfigDict, experiment: str) -> dict:
         "seeds": sweep.seeds,
         "baseline": dict(sweep.baseline),
         "metrics": list(sweep.metrics),
+        "over_steps": sweep.over_steps,
         "figures": [dataclasses.asdict(figure) for figure in sweep.figures],
         "command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
         "experiment": experiment,

@@ -109,7 +109,8 @@ class Sweep:
       fields: changed in the config for all members.
       baseline: a value on each axis (on some, for a baseline at each value of the others); the
         report compares with it, seed by seed.
-      metrics: columns of the results that the report's table shows, at the last evaluation.
+      metrics: columns of the results that the report's tables show.
+      over_steps: what they show of a run: the 'last' value that was measured, or the 'mean'.
       figures: of the report.
 
     Raises:
@@ -134,6 +135,7 @@ class Sweep:
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     baseline: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     metrics: Sequence[str] = ("test_error",)
+    over_steps: str = "last"
     figures: Sequence[Figure] = ()
 
     def __post_init__(self):
@@ -160,9 +162,10 @@ class Sweep:
             for axis, value in values.items():
                 if axis not in self.axes or value not in self.axes[axis]:
                     raise UserError(f"{what}: {value!r} is not on an axis {axis!r} of the sweep")
+        for over_steps in (self.over_steps, *(figure.over_steps for figure in self.figures)):
+            if over_steps not in ("last", "mean"):
+                raise UserError(f"over_steps must be 'last' or 'mean', got {over_steps!r}")
         for figure in self.figures:
-            if figure.over_steps not in ("last", "mean"):
-                raise UserError(f"over_steps must be 'last' or 'mean', got {figure.over_steps!r}")
             many = {axis for axis, values in self.axes.items() if len(values) > 1}
             if figure.axes - set(self.axes) or many - figure.axes:
                 raise UserError(

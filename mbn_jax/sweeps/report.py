@@ -79,11 +79,14 @@ def write_report(study: optuna.Study, results: pd.DataFrame, workdir: pathlib.Pa
         replace(workdir / name, png)
         blocks.append(("figure", (name, png, _caption(figure))))
     for metric in sweep["metrics"]:
-        blocks.append(("section", f"{_sentence(_label(metric))}, the last that was measured"))
+        what = {"last": "the last that was measured", "mean": "averaged over each run"}
+        over_steps = sweep["over_steps"]
+        blocks.append(("section", f"{_sentence(_label(metric))}, {what[over_steps]}"))
         if not _is_measured(metric, results):
             blocks.append(("text", "Nothing has measured it yet."))
             continue
-        table = summarize(results, sweep["axes"], metric, sweep["baseline"])
+        baseline = sweep["baseline"]
+        table = summarize(results, sweep["axes"], metric, baseline, over_steps)
         blocks.append(("table", _format(table, sweep["axes"], metric)))
         blocks.append(("text", _table_note(sweep)))
     ended = members(results)

@@ -91,9 +91,13 @@ def finished(rows: pd.DataFrame, column: str, over_steps: str = "last") -> pd.Se
 
 
 def summarize(
-    results: pd.DataFrame, axes: Mapping[str, Sequence], metric: str, baseline: Mapping
+    results: pd.DataFrame,
+    axes: Mapping[str, Sequence],
+    metric: str,
+    baseline: Mapping,
+    over_steps: str = "last",
 ) -> pd.DataFrame:
-    """Summarizes the last value of a metric at each point, over the seeds.
+    """Summarizes a metric at each point, over the seeds.
 
     Args:
       results: of `read_results`.
@@ -101,6 +105,7 @@ def summarize(
       metric: a column.
       baseline: value on each axis, or on some: then each point is compared with the one that
         differs from it in these alone.
+      over_steps: as for `finished`.
 
     Returns:
       A row a point: the axes; 'mean' and 'interval' (half width, 95 %), 'standard_deviation' and
@@ -111,7 +116,7 @@ def summarize(
     rows = []
     for point, group in results.groupby(names, sort=False):
         ended = members(group)["outcome"]
-        values = finished(group, metric)
+        values = finished(group, metric, over_steps)
         row = dict(zip(names, point, strict=True))
         row |= {
             "mean": values.mean(),
@@ -123,7 +128,7 @@ def summarize(
         other = {**row, **baseline}
         is_other = np.logical_and.reduce([results[axis] == other[axis] for axis in names])
         if baseline and any(row[axis] != other[axis] for axis in names):
-            pairs = (values - finished(results[is_other], metric)).dropna()
+            pairs = (values - finished(results[is_other], metric, over_steps)).dropna()
             row |= {
                 "difference": pairs.mean(),
                 "difference_interval": interval(pairs),
