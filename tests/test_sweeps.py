@@ -455,7 +455,10 @@ def test_an_interrupted_sweep_gives_its_members_back(write_sweep, tmp_path):
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    output, _ = process.communicate(timeout=120)
+    try:
+        output, _ = process.communicate(timeout=120)
+    finally:
+        process.kill()
     assert process.returncode == 130
     assert "interrupted; the same command goes on" in output
     assert "Traceback" not in output

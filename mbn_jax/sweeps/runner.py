@@ -2,6 +2,7 @@
 
 import pathlib
 import resource
+import signal
 import sys
 import threading
 import time
@@ -117,7 +118,7 @@ class Runner:
         return total
 
     def run(self, study: optuna.Study) -> Counter:
-        """Runs members until none is left, here or elsewhere.
+        """Runs members until none is left, here or elsewhere; from the main thread.
 
         Args:
           study: that holds their state.
@@ -135,16 +136,23 @@ class Runner:
         ]
         for thread in threads:
             thread.start()
+        # Not by an exception, which may rise anywhere, where a library drops it too.
+        interrupted = threading.Event()
+
+        def stop(*_) -> None:
+            interrupted.set()
+            self._stop.set()
+            signal.signal(signal.SIGINT, before or signal.SIG_DFL)  # The second one is not patient.
+
+        before = signal.signal(signal.SIGINT, stop)
         try:
             self._show_until_done(threads)
-        except KeyboardInterrupt:
-            self._stop.set()
-            print("stopping at the next record of each member ...", file=sys.stderr)
-            for thread in threads:
-                thread.join()
-            raise
+        finally:
+            signal.signal(signal.SIGINT, before or signal.SIG_DFL)
         if self._errors:
             raise self._errors[0]
+        if interrupted.is_set():
+            raise KeyboardInterrupt
         return self._outcomes()
 
     def _work(self, device: jax.Device) -> None:
@@ -286,6 +294,8 @@ class Runner:
                 counts = Counter(store.outcome(trial) for trial in trials.values())
                 shown = ("running", store.DIVERGED, store.FAILED)
                 states = ", ".join(f"{counts[s]} {s}" for s in shown if counts[s])
+                if self._stop.is_set():
+                    states += " (stopping at the next record of each)"
                 total = max(len(trials), len(self._members))  # Another runner may know of more.
                 progress.update(task, completed=len(told), total=total, states=states)
                 if not alive:
