@@ -3,7 +3,7 @@
 import difflib
 import pathlib
 import runpy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -61,6 +61,17 @@ def call_in_file(path: str, function: str) -> Any:
     except Exception as error:  # The file is the user's code: it may fail in any way.
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: {function}() failed: {type(error).__name__}: {reason}") from error
+
+
+def with_fields(config: ConfigDict, fields: Mapping[str, Any], where: str) -> ConfigDict:
+    """Returns a copy with fields set by dotted name; raises UserError, naming `where`."""
+    config = config.copy_and_resolve_references()
+    try:
+        config.update_from_flattened_dict(dict(fields))
+    except (TypeError, KeyError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{where}: a value of the wrong type: {reason}") from error
+    return config
 
 
 def check_field(config: ConfigDict, name: str) -> None:

@@ -117,7 +117,7 @@ class Program:
         return replicate(pooled, self.devices)
 
     def batches_of(self, split: Split, batch_size: int, examples: int = 0) -> Iterator[Batch]:
-        """Yields every example of a split (or the first few) once, on the devices."""
+        """Yields each example of a split (or so many, evenly spaced) once, on the devices."""
         count = self.experiment.num_devices
         batches = evaluation_batches(
             split,

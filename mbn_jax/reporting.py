@@ -1,13 +1,14 @@
 """What a run leaves for people: a progress line, `metrics.jsonl`, TensorBoard events, curves."""
 
 import json
-import os
 import pathlib
 import sys
 import time
 from collections.abc import Callable, Mapping
 
 from tensorboardX import SummaryWriter
+
+from mbn_jax.workdir import replace
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
@@ -54,9 +55,8 @@ class Reporter:
         self._is_terminal = sys.stderr.isatty()
         self._line_is_open = False
         kept = [r for r in read_metrics(workdir) if r["step"] <= first_step]
-        temporary = workdir / f"{METRICS}.new"
-        temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))
-        os.replace(temporary, workdir / METRICS)
+        lines = "".join(json.dumps(record) + "\n" for record in kept)
+        replace(workdir / METRICS, lines.encode())
         self._metrics = (workdir / METRICS).open("a")
         self._events = SummaryWriter(str(workdir), purge_step=first_step + 1)
 

@@ -49,7 +49,7 @@ def workdir(tmp_path_factory):
     study = store.open_study(workdir)
     config = default_config()
     study.set_user_attr("config", fields(config))
-    study.set_user_attr("sweep", describe(SWEEP, config, "experiment.py"))
+    study.set_user_attr("sweep", describe(SWEEP))
     store.enqueue_missing(study, SWEEP.members(), 64)
     for member in SWEEP.members():
         trial = study.ask()

@@ -9,12 +9,12 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 
-class BasicBlock(nn.Module):
-    """Two 3x3 convolutions and a shortcut.
+class ResidualBlock(nn.Module):
+    """What the blocks share.
 
     Attributes:
       features: channels.
-      stride: of the first convolution.
+      stride: of the first 3x3 convolution.
       norm: makes a normalization layer; called with `use_running_average`.
       shortcut: where the shape changes: 'pad' (option A: every other pixel, new channels 0, no
         parameters) or 'projection' (option B: a strided 1x1 convolution and a norm).
@@ -29,7 +29,22 @@ class BasicBlock(nn.Module):
     zero_init_last_scale: bool = False
     dtype: Any = jnp.float32
 
-    expansion = 1
+    def _add_shortcut(self, x: jax.Array, y: jax.Array, *, train: bool) -> jax.Array:
+        """Normalizes the last convolution's output `y`, and adds the block's input `x`."""
+        options = {"scale_init": nn.initializers.zeros} if self.zero_init_last_scale else {}
+        norm = functools.partial(self.norm, use_running_average=not train)
+        y = norm(**options)(y)
+        if x.shape != y.shape and self.shortcut == "pad":
+            x = x[:, :: self.stride, :: self.stride]
+            x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, y.shape[-1] - x.shape[-1])))
+        elif x.shape != y.shape:
+            conv = nn.Conv(y.shape[-1], (1, 1), self.stride, use_bias=False, dtype=self.dtype)
+            x = norm()(conv(x))
+        return nn.relu(y + x)
+
+
+class BasicBlock(ResidualBlock):
+    """Two 3x3 convolutions and a shortcut."""
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -37,21 +52,11 @@ class BasicBlock(nn.Module):
         conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
         norm = functools.partial(self.norm, use_running_average=not train)
         y = nn.relu(norm()(conv(self.features, (3, 3), self.stride)(x)))
-        y = norm(**_last_scale(self))(conv(self.features, (3, 3))(y))
-        return nn.relu(y + _shortcut(self, x, y.shape, train=train))
+        return self._add_shortcut(x, conv(self.features, (3, 3))(y), train=train)
 
 
-class BottleneckBlock(nn.Module):
-    """1x1, 3x3 (strided: v1.5) and 1x1 convolutions and a shortcut; as `BasicBlock` otherwise."""
-
-    features: int
-    stride: int
-    norm: Callable[..., nn.Module]
-    shortcut: str = "projection"
-    zero_init_last_scale: bool = False
-    dtype: Any = jnp.float32
-
-    expansion = 4
+class BottleneckBlock(ResidualBlock):
+    """1x1, 3x3 (strided: v1.5) and 1x1 convolutions and a shortcut."""
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
@@ -60,22 +65,7 @@ class BottleneckBlock(nn.Module):
         norm = functools.partial(self.norm, use_running_average=not train)
         y = nn.relu(norm()(conv(self.features, (1, 1))(x)))
         y = nn.relu(norm()(conv(self.features, (3, 3), self.stride)(y)))
-        y = norm(**_last_scale(self))(conv(4 * self.features, (1, 1))(y))
-        return nn.relu(y + _shortcut(self, x, y.shape, train=train))
-
-
-def _last_scale(block) -> dict[str, Any]:
-    return {"scale_init": nn.initializers.zeros} if block.zero_init_last_scale else {}
-
-
-def _shortcut(block, x: jax.Array, shape: Sequence[int], *, train: bool) -> jax.Array:
-    if x.shape == shape:
-        return x
-    if block.shortcut == "pad":
-        x = x[:, :: block.stride, :: block.stride]
-        return jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, shape[-1] - x.shape[-1])))
-    conv = nn.Conv(shape[-1], (1, 1), block.stride, use_bias=False, dtype=block.dtype)
-    return block.norm(use_running_average=not train)(conv(x))
+        return self._add_shortcut(x, conv(4 * self.features, (1, 1))(y), train=train)
 
 
 class ResNet(nn.Module):

@@ -44,9 +44,10 @@ def load_sweep(path: str, overrides: Sequence[str], seeds: int | None) -> tuple[
         raise UserError(f"get_sweep() of {path} must return a Sweep, got {type(sweep)}")
     if seeds is not None:
         sweep = dataclasses.replace(sweep, seeds=seeds)
+    taken = {"seed", *sweep.swept_fields}
     for override in overrides:
         name = override.split("=", 1)[0].removeprefix("--config.")
-        if any(name in member.fields for member in sweep.members()):
+        if name in taken:
             raise UserError(f"{name} is set by the axes and seeds of {path}; leave it out")
     files = {key: str(pathlib.Path(path).parent / file) for key, file in sweep.configs.items()}
     default = next(iter(files.values()))
@@ -107,7 +108,7 @@ def open_sweep(
     store.check_sweep(study, config, runner.members)
     if retry_failed:
         store.retry_failed(study)
-    study.set_user_attr(store.SWEEP, describe(sweep, config, experiment))
+    study.set_user_attr(store.SWEEP, describe(sweep))
     return runner, study
 
 
@@ -122,21 +123,20 @@ def run_sweep(workdir: pathlib.Path, runner: Runner, study: optuna.Study) -> Cou
     return outcomes
 
 
-def describe(sweep: Sweep, config: ConfigDict, experiment: str) -> dict:
+def describe(sweep: Sweep) -> dict:
     """Returns what a report must know of a sweep, as JSON has it."""
     device = jax.local_devices()[0]
     return {
         "title": sweep.title,
         "text": sweep.text,
         "axes": {axis: list(values) for axis, values in sweep.axes.items()},
-        "fields": sweep.swept_fields(config),
+        "fields": sweep.swept_fields,
         "seeds": sweep.seeds,
         "baseline": dict(sweep.baseline),
         "metrics": list(sweep.metrics),
         "over_steps": sweep.over_steps,
         "figures": [dataclasses.asdict(figure) for figure in sweep.figures],
         "command": shlex.join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "experiment": experiment,
         "versions": {name: importlib.metadata.version(name) for name in PACKAGES}
         | {"python": platform.python_version()},
         "device": f"{device.platform} {device.device_kind}",

@@ -10,8 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mbn_jax import config as config_lib
-from mbn_jax.config_files import check_field
+from mbn_jax.config_files import check_field, with_fields
 from mbn_jax.errors import UserError
 
 RESERVED = ("seed", "step", "last", "outcome", "reason", "end_step", "seconds")
@@ -49,8 +48,8 @@ class Figure:
     @property
     def axes(self) -> set[str]:
         """The axes that have a place in it."""
-        placed = {self.lines, self.panels, *self.fixed}
-        return {axis for axis in placed | {self.x} - {"step"} if axis}
+        placed = (self.x, self.lines, self.panels, *self.fixed)
+        return {axis for axis in placed if axis not in (None, "step")}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,13 +83,7 @@ class Member:
 
     def config(self, base: ConfigDict) -> ConfigDict:
         """Returns its configuration, from the one that all members share."""
-        config = base.copy_and_resolve_references()
-        try:
-            config.update_from_flattened_dict(dict(self.fields))
-        except (TypeError, KeyError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(f"{self.name}: a value of the wrong type: {reason}") from error
-        return config
+        return with_fields(base, self.fields, self.name)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -193,16 +186,12 @@ class Sweep:
 
     def base_config(self, config: ConfigDict) -> ConfigDict:
         """Returns the config that all members share, with what the sweep itself changes."""
-        config = config.copy_and_resolve_references()
-        for field in [*self.fields, *(name for m in self.members() for name in m.fields)]:
+        for field in [*self.fields, *self.swept_fields]:
             check_field(config, field)
-        try:
-            config.update_from_flattened_dict(dict(self.fields))
-        except (TypeError, KeyError) as error:
-            raise UserError(f"the sweep's fields: {' '.join(str(error).split())}") from error
-        return config
+        return with_fields(config, self.fields, "the sweep's fields")
 
-    def swept_fields(self, config: ConfigDict) -> list[str]:
-        """Returns the fields in which members may differ, the seed apart."""
+    @property
+    def swept_fields(self) -> list[str]:
+        """The fields in which members may differ, the seed apart."""
         named = {field: None for member in self.members() for field in member.fields}
-        return [field for field in named if field != "seed" and field in config_lib.fields(config)]
+        return [field for field in named if field != "seed"]

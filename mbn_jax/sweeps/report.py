@@ -64,7 +64,7 @@ def write_report(study: optuna.Study, results: pd.DataFrame, workdir: pathlib.Pa
     Returns:
       The path of `report.html`.
     """
-    sweep = study.user_attrs["sweep"]
+    sweep = study.user_attrs[store.SWEEP]
     blocks: list[tuple[str, Any]] = [("heading", sweep["title"])]
     if sweep["text"]:
         blocks.append(("text", sweep["text"]))
@@ -78,14 +78,13 @@ def write_report(study: optuna.Study, results: pd.DataFrame, workdir: pathlib.Pa
         png = draw(figure, results, sweep["axes"])
         replace(workdir / name, png)
         blocks.append(("figure", (name, png, _caption(figure))))
+    what = {"last": "the last that was measured", "mean": "averaged over each run"}
+    over_steps, baseline = sweep["over_steps"], sweep["baseline"]
     for metric in sweep["metrics"]:
-        what = {"last": "the last that was measured", "mean": "averaged over each run"}
-        over_steps = sweep["over_steps"]
         blocks.append(("section", f"{_sentence(_label(metric))}, {what[over_steps]}"))
         if not _is_measured(metric, results):
             blocks.append(("text", "Nothing has measured it yet."))
             continue
-        baseline = sweep["baseline"]
         table = summarize(results, sweep["axes"], metric, baseline, over_steps)
         blocks.append(("table", _format(table, sweep["axes"], metric)))
         blocks.append(("text", _table_note(sweep)))
@@ -100,7 +99,7 @@ def write_report(study: optuna.Study, results: pd.DataFrame, workdir: pathlib.Pa
     versions = ", ".join(f"{name} {version}" for name, version in sweep["versions"].items())
     blocks.append(("text", f"{versions}; on {sweep['device']}."))
     blocks.append(("details", ("Axes", json.dumps(sweep["axes"], indent=1))))
-    config = json.dumps(study.user_attrs["config"], indent=1)
+    config = json.dumps(study.user_attrs[store.CONFIG], indent=1)
     blocks.append(("details", ("The config that all members share", config)))
     replace(workdir / MARKDOWN, _markdown(blocks).encode())
     replace(workdir / HTML, _html(blocks).encode())
@@ -253,7 +252,7 @@ def _caption(figure: Mapping[str, Any]) -> str:
 
 
 def _setting(study: optuna.Study, results: pd.DataFrame) -> str:
-    config, sweep = study.user_attrs["config"], study.user_attrs["sweep"]
+    config, sweep = study.user_attrs[store.CONFIG], study.user_attrs[store.SWEEP]
     outcomes = members(results)["outcome"].value_counts()
     told = ", ".join(f"{count} {outcome}" for outcome, count in outcomes.items())
     shown = {

@@ -28,7 +28,7 @@ def read_results(study: optuna.Study) -> pd.DataFrame:
       not finish; 'step', 'last' (whether it is the member's last), and the values; 'seconds' of the
       member's run.
     """
-    base, swept = study.user_attrs["config"], study.user_attrs["sweep"]["fields"]
+    base, swept = study.user_attrs[store.CONFIG], study.user_attrs[store.SWEEP]["fields"]
     rows = []
     for name, trial in store.trials_by_member(study).items():
         point = json.loads(name)

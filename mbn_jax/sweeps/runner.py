@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from mbn_jax import config as config_lib
+from mbn_jax.config_files import with_fields
 from mbn_jax.errors import UserError
 from mbn_jax.program import Programs
 from mbn_jax.reporting import read_metrics
@@ -86,7 +87,7 @@ class Runner:
 
     def _config_of(self, fields) -> ConfigDict:
         capacity = {"norm.memory_capacity": self._capacity}
-        return Member({}, 0, {**capacity, **fields}).config(self._config)
+        return with_fields(self._config, {**capacity, **fields}, str(fields))
 
     @property
     def members(self) -> list[Member]:
@@ -261,7 +262,7 @@ class Runner:
         trial.set_user_attr(store.OUTCOME, outcome)
 
     def _outcomes(self) -> Counter:
-        return Counter(store.outcome(t) for t in store.trials_by_member(self._study).values())
+        return Counter(store.outcome(trial) for trial in self._trials().values())
 
     def _show_until_done(self, threads: Sequence[threading.Thread]) -> None:
         """Shows how many members are done, running and failed, and the time left."""

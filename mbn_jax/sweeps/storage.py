@@ -164,20 +164,22 @@ def enqueue_missing(study: optuna.Study, members: Sequence[Member], capacity: in
         its own.
     """
     known = trials_by_member(study)
+    missing = [member for member in members if member.name not in known]
+    if not missing:
+        return
     earlier = {
         t.user_attrs[MEMBER]: t.user_attrs[FIELDS]
         for t in study.get_trials(deepcopy=False)
         if MEMBER in t.user_attrs
     }
-    for member in members:
-        if member.name not in known:
-            new = {**member.fields, "norm.memory_capacity": capacity}
-            attributes = {
-                MEMBER: member.name,
-                FOLDER: member.folder,
-                FIELDS: earlier.get(member.name, new),
-            }
-            study.enqueue_trial({}, user_attrs=attributes)
+    for member in missing:
+        new = {**member.fields, "norm.memory_capacity": capacity}
+        attributes = {
+            MEMBER: member.name,
+            FOLDER: member.folder,
+            FIELDS: earlier.get(member.name, new),
+        }
+        study.enqueue_trial({}, user_attrs=attributes)
 
 
 def retry_failed(study: optuna.Study) -> None:
