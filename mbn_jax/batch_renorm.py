@@ -1,30 +1,12 @@
 """Batch Renormalization as a drop-in for `flax.linen.BatchNorm`."""
 
-from collections.abc import Callable
-from typing import Any
-
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 from jax import lax
 
-from mbn_jax.normalization import BATCH_MOMENTS, BatchStatisticsNorm, statistics_with_gradient
-from mbn_jax.statistics import Array
-
-Limit = float | Array | Callable[[Array], Any]
-
-
-def relaxed(start: float, end: float, begin: int, steps: int) -> Callable[[Array], Array]:
-    """Returns a limit that stays at `start` for `begin` steps and is `end` after `steps` more.
-
-    >>> limit = relaxed(1.0, 3.0, begin=10, steps=20)
-    >>> [float(limit(jnp.array(step))) for step in (0, 10, 20, 30, 99)]
-    [1.0, 1.0, 2.0, 3.0, 3.0]
-    """
-
-    def limit(step: Array) -> Array:
-        return start + (end - start) * jnp.clip((step - begin) / steps, 0.0, 1.0)
-
-    return limit
+from mbn_jax.normalization import BatchStatisticsNorm, statistics_with_gradient
+from mbn_jax.statistics import Array, Schedule, value_at
 
 
 class BatchRenorm(BatchStatisticsNorm):
@@ -62,8 +44,8 @@ class BatchRenorm(BatchStatisticsNorm):
     """
 
     momentum: float = 0.99
-    r_max: Limit = relaxed(1.0, 3.0, begin=5_000, steps=35_000)
-    d_max: Limit = relaxed(0.0, 5.0, begin=5_000, steps=20_000)
+    r_max: Schedule = optax.linear_schedule(1.0, 3.0, 35_000, transition_begin=5_000)
+    d_max: Schedule = optax.linear_schedule(0.0, 5.0, 20_000, transition_begin=5_000)
 
     def __post_init__(self):
         if not 0 <= self.momentum < 1:
@@ -110,11 +92,10 @@ class BatchRenorm(BatchStatisticsNorm):
             var.value,
             gradient="renorm",
             epsilon=self.epsilon,
-            r_max=_at(self.r_max, steps.value),
-            d_max=_at(self.d_max, steps.value),
+            r_max=value_at(self.r_max, steps.value),
+            d_max=value_at(self.d_max, steps.value),
         )
         if not self.is_initializing():
-            self.sow(BATCH_MOMENTS, "moments", batch)
             seen, rate = batch.count > 0, 1 - self.momentum
             sigma = jnp.sqrt(var.value) + rate * (jnp.sqrt(batch.var) - jnp.sqrt(var.value))
             new_mean = mean.value + rate * (batch.mean - mean.value)
@@ -123,7 +104,3 @@ class BatchRenorm(BatchStatisticsNorm):
             mean.value, var.value = lax.stop_gradient((new_mean, new_var))
             steps.value = steps.value + 1
         return self._normalize(x, used_mean, used_var, axes, feature_axes)
-
-
-def _at(limit: Limit, step: Array) -> Any:
-    return limit(step) if callable(limit) else limit

@@ -14,6 +14,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
+from mbn_jax.batch_stats import pool_batch_stats
 from mbn_jax.double_forward import TrainState
 from mbn_jax.errors import UserError
 from mbn_jax.parallel import (
@@ -24,7 +25,6 @@ from mbn_jax.parallel import (
     first_host_first,
     gather_over_hosts,
     local_devices,
-    pool_over_devices,
     replicate,
 )
 
@@ -152,7 +152,7 @@ class Checkpoints:
 
 def _pooled(stats):
     if any(len(x) > 1 for x in jax.tree.leaves(stats)):
-        return jax.device_get(pool_over_devices(stats))
+        return jax.device_get(pool_batch_stats(stats))
     return jax.tree.map(lambda x: x[0], stats)
 
 

@@ -14,7 +14,7 @@ from mbn_jax.double_forward import DOUBLE_FORWARD
 from mbn_jax.errors import UserError
 from mbn_jax.models import MODELS
 from mbn_jax.normalization import GRADIENTS
-from mbn_jax.norms import NORMS, SYNCS
+from mbn_jax.norms import NORMS, NORMS_WITH_MEMORY, SYNCS, synced_devices
 from mbn_jax.optimizers import OPTIMIZERS, SCHEDULES
 from mbn_jax.parallel import RUNTIMES
 
@@ -24,6 +24,7 @@ TRACED: dict[str, type[np.int32] | type[np.float32]] = {
     "seed": np.int32,
     "norm.memory_size": np.int32,
     "norm.decay": np.float32,
+    "norm.memory_schedule.start_size": np.int32,
     "optimizer.learning_rate": np.float32,
     "optimizer.weight_decay": np.float32,
 }
@@ -46,11 +47,14 @@ def default_config() -> ConfigDict:
     config.dataset.data_dir = ""  # Empty: TFDS's own.
     config.dataset.train_split = "train"
     config.dataset.test_split = "test"
+    config.dataset.validation = False  # Hold out a tenth of train_split, in place of test_split.
     config.dataset.image_size = 0  # Resize to this height and width; 0: as stored.
+    config.dataset.random_resized_crop = False  # Augmentation on the host, to image_size.
     config.dataset.crop_padding = 0  # Augmentation: pad by this much and crop at random.
     config.dataset.flip = False  # Augmentation: mirror half of the images.
     config.dataset.classes_per_batch = 0  # Batches that see so few classes; 0: drawn from all.
-    config.dataset.max_bytes_in_memory = 4 << 30  # A larger split is decoded as it is used.
+    config.dataset.max_bytes_in_memory = 4 << 30  # A larger split is decoded as it is used,
+    config.dataset.num_workers = 0  # by so many processes; 0: by threads.
 
     config.model = ConfigDict()
     config.model.name = "convnet"
@@ -64,6 +68,7 @@ def default_config() -> ConfigDict:
     config.norm.use_fast_variance = True
     config.norm.sync = "sync"  # Statistics over all devices, over groups, or 'local'.
     config.norm.sync_group_size = 1  # Devices a group, for 'group'.
+    config.norm.virtual_batch_size = 0  # Examples that are normalized together; 0: all.
     config.norm.momentum = 0.9  # Of the moving averages of 'batch' and 'batch_renorm'.
     config.norm.num_groups = 8  # Of 'group'.
     config.norm.memory_size = 64
@@ -72,6 +77,11 @@ def default_config() -> ConfigDict:
     config.norm.gradient = "auto"
     config.norm.r_max = 0.0  # Clipping of 'renorm'; 0: off.
     config.norm.d_max = 0.0
+
+    config.norm.memory_schedule = ConfigDict()
+    config.norm.memory_schedule.start_size = 0  # A memory of so many batches; 0: no schedule;
+    config.norm.memory_schedule.begin = 0.0  # from this share of the run it grows linearly,
+    config.norm.memory_schedule.end = 1.0  # to norm.memory_size at this one.
 
     config.norm.batch_renorm = ConfigDict()
     config.norm.batch_renorm.r_max = 3.0  # Limits of the correction, in the end;
@@ -100,6 +110,7 @@ def default_config() -> ConfigDict:
     config.runtime = "pmap"
     config.steps_per_dispatch = 1  # More for accelerators at small batches; slow on CPU.
     config.eval_batch_size = 512  # Rounded up to a multiple of the devices.
+    config.recalibrate_batches = 0  # Evaluate by the statistics of so many too; 0: do not.
     config.log_every_steps = 100
     config.eval_every_steps = 0  # 0: once an epoch.
     config.checkpoint_every_steps = 0  # 0: once an epoch.
@@ -150,12 +161,16 @@ def validate(config: ConfigDict) -> None:
     for field in (
         "seed",
         "norm.memory_capacity",
+        "norm.memory_schedule.start_size",
+        "norm.virtual_batch_size",
+        "recalibrate_batches",
         "dataset.classes_per_batch",
         "shift.every_steps",
         "shift.examples",
         "dataset.image_size",
         "dataset.crop_padding",
         "dataset.max_bytes_in_memory",
+        "dataset.num_workers",
         "norm.r_max",
         "norm.d_max",
         "gradient_clip_norm",
@@ -181,6 +196,17 @@ def validate(config: ConfigDict) -> None:
             f"norm.batch_renorm.begin must be at most r_end={renorm.r_end} and d_end="
             f"{renorm.d_end}, got {renorm.begin}."
         )
+    growth = config.norm.memory_schedule
+    if growth.start_size > config.norm.memory_size:
+        raise UserError(
+            "norm.memory_schedule.start_size must be at most norm.memory_size="
+            f"{config.norm.memory_size}, got {growth.start_size}."
+        )
+    if not 0 <= growth.begin < growth.end <= 1:
+        raise UserError(
+            "norm.memory_schedule.begin and end must be shares of the run, 0 <= begin < end <= 1, "
+            f"got {growth.begin} and {growth.end}."
+        )
     features = config.model.features
     if not features or any(not isinstance(f, int) or f < 1 for f in features):
         raise UserError(f"model.features must be whole numbers of 1 or more, got {features}.")
@@ -189,6 +215,11 @@ def validate(config: ConfigDict) -> None:
             f"norm.memory_size must be at most {MAX_MEMORY_SIZE}, got {config.norm.memory_size}."
         )
     norm = config.norm
+    if config.double_forward == "transport" and norm.name not in NORMS_WITH_MEMORY:
+        raise UserError(
+            f"double_forward='transport' moves memories and needs norm.name of "
+            f"{', '.join(NORMS_WITH_MEMORY)}, got {norm.name!r}; others take 'rewrite'."
+        )
     if (norm.r_max or norm.d_max) and norm.gradient != "renorm":
         raise UserError(
             f"norm.r_max and norm.d_max need norm.gradient='renorm', got {norm.gradient!r}."
@@ -217,6 +248,13 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             f"dataset.classes_per_batch must divide batch_size={config.batch_size}, got {classes}."
         )
+    if config.dataset.random_resized_crop and not config.dataset.image_size:
+        raise UserError("dataset.random_resized_crop needs dataset.image_size, to crop to; got 0.")
+    if config.dataset.validation and "[" in config.dataset.train_split:
+        raise UserError(
+            "dataset.validation divides a whole split, got dataset.train_split="
+            f"{config.dataset.train_split!r}; set train_split and test_split to slices instead."
+        )
     try:
         re.compile(config.shift.layers)
     except re.error as error:
@@ -237,6 +275,31 @@ def validate_devices(config: ConfigDict, num_devices: int) -> None:
             f"norm.sync_group_size must divide the {num_devices} devices, got "
             f"{config.norm.sync_group_size}."
         )
+    virtual = config.norm.virtual_batch_size
+    synced = synced_devices(config, num_devices)
+    if virtual and (virtual % synced or config.batch_size // num_devices * synced % virtual):
+        raise UserError(
+            f"norm.virtual_batch_size must be a multiple of the {synced} devices that share "
+            f"statistics, and divide their {config.batch_size // num_devices * synced} examples of "
+            f"a batch, got {virtual}."
+        )
+
+
+def dataset_splits(config: ConfigDict) -> tuple[str, str]:
+    """Returns the TFDS splits that are trained and evaluated on.
+
+    >>> config = default_config()
+    >>> config.dataset.validation = True
+    >>> dataset_splits(config)
+    ('train[:90%]', 'train[90%:]')
+    """
+    train, test = config.dataset.train_split, config.dataset.test_split
+    return (f"{train}[:90%]", f"{train}[90%:]") if config.dataset.validation else (train, test)
+
+
+def memory_capacity(config: ConfigDict) -> int:
+    """Returns the slots that memories have room for."""
+    return config.norm.memory_capacity or config.norm.memory_size
 
 
 def validate_examples(config: ConfigDict, num_examples: int) -> None:
@@ -339,7 +402,8 @@ def program_key(config: ConfigDict) -> str:
     True
     """
     static = {k: v for k, v in fields(config).items() if k not in TRACED}
-    static["norm.memory_capacity"] = config.norm.memory_capacity or config.norm.memory_size
+    static["norm.memory_capacity"] = memory_capacity(config)
+    static["norm.memory_schedule"] = config.norm.memory_schedule.start_size > 0
     return json.dumps(static, sort_keys=True)
 
 

@@ -1,55 +1,19 @@
 """What an update does to the statistics, and what the statistics in `batch_stats` tell."""
 
-import contextlib
-import re
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
 
-from mbn_jax.statistics import Array, Moments, abs_sq, memory_weights, pool
+from mbn_jax.batch_stats import inference_statistics, layers_with_statistics
+from mbn_jax.statistics import Array, Moments, Schedule, abs_sq
 
 PyTree = Any
 
 
-def inference_statistics(layer_stats: PyTree, memory_size, decay) -> tuple[Array, Array]:
-    """Returns (mean, var) that one layer normalizes by at inference.
-
-    Args:
-      layer_stats: what the layer keeps in `batch_stats`: a memory, or moving averages.
-      memory_size: of a memory.
-      decay: of a memory.
-    """
-    mean, var = layer_stats["mean"], layer_stats["var"]
-    if "count" not in layer_stats:
-        return mean, var
-    slots = Moments(mean, var, layer_stats["count"])
-    return pool(slots, memory_weights(slots.count, memory_size, decay))
-
-
-def layers_with_statistics(batch_stats: PyTree) -> dict[str, PyTree]:
-    """Returns what each layer keeps in `batch_stats`, by the layer's path.
-
-    >>> list(layers_with_statistics({'block': {'norm': {'mean': 0, 'var': 1}}}))
-    ['block/norm']
-    """
-    layers: dict[str, PyTree] = {}
-
-    def visit(path: tuple[str, ...], tree: PyTree) -> None:
-        if {"mean", "var"} <= set(tree) and not isinstance(tree["mean"], dict):
-            layers["/".join(path)] = tree
-            return
-        for name, child in tree.items():
-            if isinstance(child, dict):
-                visit((*path, name), child)
-
-    visit((), batch_stats)
-    return layers
-
-
-def memory_distance(batch_stats: PyTree, memory_size: int, decay: float) -> dict[str, jax.Array]:
+def memory_distance(
+    batch_stats: PyTree, memory_size: Schedule, decay: Schedule
+) -> dict[str, jax.Array]:
     """Measures, layer by layer, how far the memory is from the newest batch.
 
         distance = sqrt(E[|mean - m_0|^2 / var]),    the average over a layer's features,
@@ -77,36 +41,6 @@ def memory_distance(batch_stats: PyTree, memory_size: int, decay: float) -> dict
             square = abs_sq(mean - stats["mean"][0]) / jnp.maximum(var, jnp.finfo(var.dtype).tiny)
             distances[path] = jnp.sqrt(square.mean())
     return distances
-
-
-@contextlib.contextmanager
-def record_norm_inputs(
-    layer_types: tuple[type[nn.Module], ...], layers: str, moments: Callable[[Array], Any]
-) -> Iterator[dict[str, Any]]:
-    """Records the moments of what goes into the normalization layers of any model.
-
-    Args:
-      layer_types: the classes that are normalization layers.
-      layers: regular expression; a layer counts whose path has a match of it.
-      moments: of an input, or whatever else of it is wanted.
-
-    Yields:
-      A dict that `model.apply` within the block fills, by the layer's path; further calls of a
-      layer get '#1', '#2'.
-    """
-    recorded: dict[str, Any] = {}
-    wanted = re.compile(layers)
-
-    def interceptor(call, args, kwargs, context):
-        if context.method_name == "__call__" and isinstance(context.module, layer_types):
-            path = "/".join(context.module.path)
-            if wanted.search(path):
-                calls = sum(name.split("#")[0] == path for name in recorded)
-                recorded[f"{path}#{calls}" if calls else path] = moments(args[0])
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(interceptor):
-        yield recorded
 
 
 def update_shift(before: Moments, after: Moments, var: Array, epsilon: float) -> dict[str, Array]:

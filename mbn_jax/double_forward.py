@@ -1,7 +1,6 @@
 """The double-forward training step: update, then a second forward that rewrites the statistics.
 
-Works for any Flax model and any normalization layer that keeps `batch_stats`; needs nothing else of
-this package.
+Works for any Flax model and any normalization layer that keeps `batch_stats`.
 """
 
 import functools
@@ -11,23 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
+from flax import struct, traverse_util
 from jax import lax
 
-from mbn_jax.normalization import BATCH_MOMENTS
+from mbn_jax.batch_stats import layers_with_statistics
+from mbn_jax.normalization import BATCH_MOMENTS, FIRST_BATCH_MOMENTS
 from mbn_jax.statistics import AxisName
 
 PyTree = Any
 
-FIRST_BATCH_MOMENTS = "first_batch_moments"
-"""Read-only collection in which the second forward finds what the first recorded as BATCH_MOMENTS.
-
-It has the tree of `batch_moments`: under each layer's path, a tuple with one entry a call. A layer
-that can use it, to tell how the update moved its statistics, reads it with `self.get_variable`; all
-others never notice.
-"""
-
-DOUBLE_FORWARD = ("off", "rewrite")
+DOUBLE_FORWARD = ("off", "rewrite", "transport")
 
 
 class TrainState(struct.PyTreeNode):
@@ -108,7 +100,9 @@ def make_train_step(
         for each forward. `apply` is `model.apply` bound to the variables, the mutable collections
         and the random keys of this forward; it returns `(outputs, updates)`, and `updates` is to be
         handed back. `metrics` is a dict of scalars.
-      double_forward: 'rewrite', as above, or 'off': S' is what step 1 wrote.
+      double_forward: 'rewrite', as above; 'off': S' is what step 1 wrote; or 'transport': as
+        'rewrite', and every `MemorizedBatchNorm` moves its whole memory by the shift between the
+        two forwards (see `mbn_jax.statistics.transport`), at no further cost.
       axis_name: named axis of `pmap` or of `shard_map(check_vma=False)`, over which gradients and
         metrics are averaged. Statistics are not: a layer built with `axis_name` syncs its own.
       rng_names: random streams that the model draws from in training.
@@ -118,7 +112,8 @@ def make_train_step(
       averaged over devices.
 
     Raises:
-      ValueError: for an unknown `double_forward`; the step, under `shard_map(check_vma=True)`.
+      ValueError: for an unknown `double_forward`; the step, under `shard_map(check_vma=True)`, and
+        in mode 'transport' where a memory would be left where it was.
 
     References:
       Guo et al., "Double Forward Propagation for Memorized Batch Normalization", AAAI 2018 (arXiv
@@ -167,8 +162,11 @@ def make_train_step(
 
         updates = first
         if double_forward == "rewrite":
+            _, (_, updates) = forward(params)
+        elif double_forward == "transport":
             recorded = first.get(BATCH_MOMENTS, {})
             _, (_, updates) = forward(params, **{FIRST_BATCH_MOMENTS: recorded})
+            _check_transported(state.batch_stats, recorded, updates.get(BATCH_MOMENTS, {}))
 
         # As floats, because lax.pmean would turn integers into them on some paths only.
         metrics = {k: jnp.asarray(v, jnp.float32) for k, v in {"loss": loss, **metrics}.items()}
@@ -183,3 +181,26 @@ def make_train_step(
         return state, metrics
 
     return train_step
+
+
+def _check_transported(batch_stats: PyTree, first: PyTree, second: PyTree) -> None:
+    """Raises ValueError unless every call of every layer with a memory has moved it."""
+
+    def calls(recorded: PyTree, name: str) -> dict[str, int]:
+        entries = traverse_util.flatten_dict(recorded)
+        return {"/".join(path[:-1]): len(x) for path, x in entries.items() if path[-1] == name}
+
+    memories = {
+        path
+        for path, stats in layers_with_statistics(batch_stats).items()
+        if {"count", "weight"} & set(stats)
+    }
+    recorded, moved = calls(first, "moments"), calls(second, "transported")
+    left = sorted(path for path in memories if not 0 < recorded.get(path, 0) == moved.get(path, 0))
+    if left or not memories:
+        names = ", ".join(name or "the layer" for name in left) or "no layer has a memory"
+        raise ValueError(
+            f"double_forward='transport' must move every memory, and cannot: {names}. Lifted "
+            f"transforms (nn.vmap, nn.scan) need {BATCH_MOMENTS!r} and {FIRST_BATCH_MOMENTS!r} in "
+            "their variable_axes; norms without a memory take 'rewrite'."
+        )

@@ -11,12 +11,16 @@ from mbn_jax.program import Programs
 from mbn_jax.workdir import CHECKPOINTS, load_config
 
 
-def evaluate_run(workdir: pathlib.Path, split: str | None = None) -> dict[str, float | str]:
+def evaluate_run(
+    workdir: pathlib.Path, split: str | None = None, *, recalibrate_batches: int = 0
+) -> dict[str, float | str]:
     """Evaluates the newest sound checkpoint of a run on any split.
 
     Args:
       workdir: of the run.
       split: TFDS split; default: the run's test split.
+      recalibrate_batches: by the statistics of so many batches of training examples, instead of
+        those of the run; 0: those of the run.
 
     Returns:
       'step', 'split', 'loss' and 'error'.
@@ -40,6 +44,13 @@ def evaluate_run(workdir: pathlib.Path, split: str | None = None) -> dict[str, f
         checkpoints.close()
     if state is None:
         raise UserError(f"{workdir} has no sound checkpoint to evaluate.")
+    if recalibrate_batches:
+        if not state.batch_stats:
+            raise UserError(
+                f"The network of {workdir} keeps no statistics (norm {config.norm.name!r}), there "
+                "is nothing to recalibrate; leave recalibrate_batches out."
+            )
+        state = program.recalibrate(config, state, recalibrate_batches)
     evaluated = load_dataset_split(config, split) if split else experiment.test
     values = program.evaluate(config, state, evaluated)
     return {"step": int(state.step[0]), "split": evaluated.name, **values}

@@ -14,6 +14,11 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from mbn_jax import config as config_lib
+from mbn_jax.batch_stats import (
+    inference_statistics,
+    layers_with_statistics,
+    pool_batch_stats,
+)
 from mbn_jax.datasets.images import Split, load_split
 from mbn_jax.datasets.pipeline import (
     BatchOrder,
@@ -23,17 +28,14 @@ from mbn_jax.datasets.pipeline import (
     standardize,
     take,
 )
-from mbn_jax.diagnostics import (
-    record_norm_inputs,
-)
 from mbn_jax.double_forward import TrainState, make_train_step
 from mbn_jax.errors import UserError
 from mbn_jax.models import build_model
-from mbn_jax.norms import LAYERS, build_norm
+from mbn_jax.norm_inputs import LAYERS_WITH_STATISTICS, add_moments, record_norm_inputs
+from mbn_jax.norms import LAYERS, build_norm, memory_rule
 from mbn_jax.optimizers import build_optimizer, build_schedule
-from mbn_jax.parallel import (
-    AXIS_NAME,
-)
+from mbn_jax.parallel import AXIS_NAME
+from mbn_jax.statistics import Moments
 
 PyTree = Any
 Batch = dict[str, jax.Array]
@@ -75,15 +77,16 @@ class Experiment:
         """
         num_devices = num_devices or jax.device_count()
         config_lib.validate(config)
-        train = load_dataset_split(config, config.dataset.train_split)
+        train_split, test_split = config_lib.dataset_splits(config)
+        train = load_dataset_split(config, train_split)
         config_lib.validate_examples(config, len(train))
-        test = load_dataset_split(config, config.dataset.test_split)
+        test = load_dataset_split(config, test_split)
         config_lib.validate_devices(config, num_devices)
         pixel_mean, pixel_std = pixel_statistics(train)
         experiment = cls(config, train, test, pixel_mean, pixel_std, num_devices)
         experiment.order(config)
         try:
-            with record_norm_inputs(LAYERS, config.shift.layers, jnp.shape) as layers:
+            with record_norm_inputs(LAYERS, config.shift.layers) as layers:
                 jax.eval_shape(experiment.initial_state, config_lib.traced_values(config))
         except (ValueError, TypeError) as error:
             reason = " ".join(str(error).split())
@@ -123,7 +126,9 @@ class Experiment:
         return build_schedule(config, steps_per_epoch=steps_per_epoch, total_steps=self.total_steps)
 
     def _with(self, values: Batch) -> ConfigDict:
-        capacity = self.config.norm.memory_capacity or self.config.norm.memory_size
+        capacity = config_lib.memory_capacity(self.config)
+        if not self.config.norm.memory_schedule.start_size:  # No schedule, statically.
+            values = {k: v for k, v in values.items() if k != "norm.memory_schedule.start_size"}
         return config_lib.with_values(self.config, {**values, "norm.memory_capacity": capacity})
 
     def model(self, values: Batch) -> nn.Module:
@@ -171,6 +176,18 @@ class Experiment:
         at = state.step - block["first_step"]
         batch = take(data, {k: x[at] for k, x in block.items() if k != "first_step"})
         return self.augmented(values, batch, state.step)
+
+    def inference_statistics(
+        self, batch_stats: PyTree, values: Batch
+    ) -> dict[str, tuple[jax.Array, jax.Array]]:
+        """Returns (mean, var) that each layer normalizes by at inference, by its path."""
+        if self.config.norm.virtual_batch_size:
+            batch_stats = pool_batch_stats(batch_stats)
+        size, decay = memory_rule(self._with(values), self.total_steps)
+        return {
+            path: inference_statistics(stats, size, decay)
+            for path, stats in layers_with_statistics(batch_stats).items()
+        }
 
     def step(self, values: Batch) -> Callable:
         """Returns the training step of a device."""
@@ -230,6 +247,46 @@ class Experiment:
         }
         return jax.tree.map(jnp.add, totals, jax.lax.psum(sums, AXIS_NAME))
 
+    def norm_inputs(
+        self,
+        totals: dict[str, Moments],
+        values: Batch,
+        params: PyTree,
+        batch_stats: PyTree,
+        data: Batch,
+        batch: Batch,
+        *,
+        recalibrate: bool,
+    ) -> dict[str, Moments]:
+        """Adds one batch, at inference and augmented, to the moments of what the norms are given.
+
+        Args:
+          totals: by layer, or empty before the first batch.
+          values: of the run.
+          params: of the network.
+          batch_stats: that inference goes by.
+          data: the split, or empty where batches come decoded.
+          batch: as `evaluation_batches` yields them, and 'number', which one it is.
+          recalibrate: normalize by the batch's own statistics, those of all devices, instead; and
+            record the layers that have any. Else those of `config.shift.layers`.
+
+        Returns:
+          The moments over all devices and batches so far, by layer.
+        """
+        examples = take(data, {k: v for k, v in batch.items() if k not in ("mask", "number")})
+        images = self.augmented(values, examples, batch["number"])["image"]
+        variables = {"params": params, "batch_stats": batch_stats}
+        with record_norm_inputs(
+            LAYERS_WITH_STATISTICS if recalibrate else LAYERS,
+            "" if recalibrate else self.config.shift.layers,
+            mask=batch["mask"],
+            axis_name=AXIS_NAME,
+            normalize_by_them=recalibrate,
+        ) as recorded:
+            mutable = ["batch_stats"] if recalibrate else False
+            self.model(values).apply(variables, images, train=False, mutable=mutable)
+        return add_moments(totals, recorded)
+
 
 def _keys(values: Batch) -> jax.Array:
     """Returns the random keys of initialization, of the steps and of the augmentation."""
@@ -253,6 +310,7 @@ def load_dataset_split(config: ConfigDict, split: str) -> Split:
             split,
             data_dir=options.data_dir or None,
             image_size=options.image_size,
+            random_resized_crop=options.random_resized_crop,
             max_bytes_in_memory=options.max_bytes_in_memory,
         )
 

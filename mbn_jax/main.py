@@ -166,11 +166,25 @@ def eval_command(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--split", help="TFDS split, for example train[:10%%]; default: the test split"
     )
+    parser.add_argument(
+        "--recalibrate_batches",
+        type=int,
+        default=0,
+        metavar="N",
+        help="by the statistics of N batches of training examples (of eval_batch_size each), not "
+        "by those of the run",
+    )
     args = parser.parse_args(argv)
+
+    if args.recalibrate_batches < 0:
+        raise UserError(f"--recalibrate_batches must be 0 or more, got {args.recalibrate_batches}.")
 
     from mbn_jax.evaluation import evaluate_run
 
-    print(json.dumps(evaluate_run(pathlib.Path(args.workdir), args.split)))
+    values = evaluate_run(
+        pathlib.Path(args.workdir), args.split, recalibrate_batches=args.recalibrate_batches
+    )
+    print(json.dumps(values))
     return 0
 
 

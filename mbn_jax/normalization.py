@@ -1,8 +1,8 @@
 """Memorized Batch Normalization as a drop-in for `flax.linen.BatchNorm`."""
 
 import math
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeGuard, cast
 
 import jax
 import jax.numpy as jnp
@@ -15,15 +15,25 @@ from mbn_jax.statistics import (
     Array,
     AxisName,
     Moments,
+    Schedule,
     batch_moments,
     first_element,
     memory_weights,
     pool,
     push,
+    transport,
+    value_at,
 )
 
 BATCH_MOMENTS = "batch_moments"
 """Collection into which every call of a layer records the moments of its own batch, if mutable."""
+
+FIRST_BATCH_MOMENTS = "first_batch_moments"
+"""Read-only collection in which a forward finds what another recorded as BATCH_MOMENTS.
+
+That other one saw the same batch under the parameters before the update. A layer that finds it, in
+the tree of `batch_moments`, a tuple with one entry a call, moves its memory by what changed.
+"""
 
 GRADIENTS = ("auto", "renorm", "through")
 
@@ -150,7 +160,7 @@ class BatchStatisticsNorm(nn.Module):
             raise ValueError(
                 f"{type(self).__name__} expected floating-point inputs, got {x.dtype}; cast them."
             )
-        feature_axes = _canonicalize_axes(x.ndim, self.axis)
+        feature_axes = canonical_axes(x.ndim, self.axis)
         return x, tuple(i for i in range(x.ndim) if i not in feature_axes), feature_axes
 
     def _statistics_dtypes(self, dtype) -> tuple[Any, Any]:
@@ -202,7 +212,99 @@ class BatchStatisticsNorm(nn.Module):
         return y.astype(dtypes.canonicalize_dtype(*args, dtype=self.dtype))
 
 
-class MemorizedBatchNorm(BatchStatisticsNorm):
+class PooledBatchNorm(BatchStatisticsNorm):
+    """What the layers share that normalize by a pool in which the current batch is.
+
+    Attributes, beside those of `BatchStatisticsNorm`:
+      gradient: 'renorm' or 'through' (see `statistics_with_gradient`), or 'auto': 'through' where a
+        feature sees at most two values (batch x space x synced devices, masks ignored), where batch
+        normalization's own gradient vanishes, and 'renorm' elsewhere.
+      r_max: clip Batch Renormalization's r; needs 'renorm'. Off by default, and not needed: r is at
+        most 1/sqrt(a_0).
+      d_max: clip Batch Renormalization's d; likewise, |d| is at most sqrt((1 - a_0) / a_0).
+    """
+
+    gradient: str = "auto"
+    r_max: float | None = None
+    d_max: float | None = None
+
+    def __post_init__(self):
+        if self.gradient not in GRADIENTS:
+            raise ValueError(f"gradient must be one of {GRADIENTS}, got {self.gradient!r}.")
+        for name, least in (("r_max", 1), ("d_max", 0)):
+            limit = getattr(self, name)
+            if limit is not None and self.gradient != "renorm":
+                raise ValueError(
+                    f"{name} clips Batch Renormalization's correction and needs gradient='renorm', "
+                    f"got gradient={self.gradient!r}."
+                )
+            if limit is not None and limit < least:
+                raise ValueError(f"{name} must be {least} or more, got {limit}.")
+        super().__post_init__()
+
+    def _normalize_by_pool(
+        self,
+        x: Array,
+        use_running_average: bool,
+        mask: Array | None,
+        variables: Sequence[nn.Variable],
+        pooled: Callable[[Moments], tuple[Array, Array]],
+        pushed: Callable[[Moments, Moments], Moments],
+    ) -> Array:
+        """Normalizes `x`, and in training keeps what it tells.
+
+        Args:
+          x: inputs, as `_input` returns them.
+          use_running_average: normalize by what is kept, and keep it.
+          mask: the elements that count.
+          variables: what is kept: mean, var and count.
+          pooled: mean and variance of what is kept.
+          pushed: what is kept, with a batch added.
+        """
+        x, axes, feature_axes = self._input(x)
+        kept = lax.stop_gradient(Moments(*(variable.value for variable in variables)))
+        if use_running_average:
+            return self._normalize(x, *pooled(kept), axes, feature_axes)
+        guess, _ = pooled(kept)
+        is_known = kept.count.reshape(-1, *guess.shape)[0] > 0
+        batch = self._batch_moments(x, axes, mask, guess, is_known)
+        first = self._first_batch_moments()
+        if first is not None:
+            kept = transport(kept, first, batch, self.epsilon)
+        kept = pushed(kept, batch)
+        mean, var = statistics_with_gradient(
+            batch,
+            *pooled(kept),
+            gradient=self._gradient_rule(x, axes),
+            epsilon=self.epsilon,
+            r_max=self.r_max,
+            d_max=self.d_max,
+        )
+        if not self.is_initializing():
+            self.sow(BATCH_MOMENTS, "moments", batch)
+            if first is not None:
+                self.sow(BATCH_MOMENTS, "transported", batch)
+            for variable, value in zip(variables, kept, strict=True):
+                variable.value = lax.stop_gradient(value)
+        return self._normalize(x, mean, var, axes, feature_axes)
+
+    def _first_batch_moments(self) -> Moments | None:
+        """Returns what the first forward of this step recorded of this call, if it is handed in."""
+        if not self.has_variable(FIRST_BATCH_MOMENTS, "moments"):
+            return None
+        call = len(self.get_variable(BATCH_MOMENTS, "moments", ()))
+        return self.get_variable(FIRST_BATCH_MOMENTS, "moments")[call]
+
+    def _gradient_rule(self, x: Array, axes: tuple[int, ...]) -> str:
+        if self.gradient != "auto":
+            return self.gradient
+        values = math.prod(x.shape[axis] for axis in axes)
+        if self.axis_name is not None and not self.is_initializing():
+            values *= lax.psum(1, self.axis_name, axis_index_groups=self.axis_index_groups)
+        return "through" if values <= 2 else "renorm"
+
+
+class MemorizedBatchNorm(PooledBatchNorm):
     """Batch normalization by the pooled statistics of the last k mini-batches.
 
     Replaces `flax.linen.BatchNorm` by changing one name (and dropping `momentum`). In training, the
@@ -221,17 +323,15 @@ class MemorizedBatchNorm(BatchStatisticsNorm):
     Use with `mbn_jax.make_train_step`, or push without Double Forward in any train loop that keeps
     `batch_stats`.
 
-    Attributes, beside those of flax's layer (`use_fast_variance` works around the memory's mean):
+    Attributes, beside those of flax's layer and of `PooledBatchNorm`:
       memory_size: k, the batches in the pool, the current one included; 1 is batch normalization.
-      decay: in (0, 1], weight of a slot against the next newer one; 1 weighs all equally.
-      gradient: 'renorm' or 'through' (see `statistics_with_gradient`), or 'auto': 'through' where a
-        feature sees at most two values (batch x space x synced devices, masks ignored), where batch
-        normalization's own gradient vanishes, and 'renorm' elsewhere.
-      r_max: clip Batch Renormalization's r; needs 'renorm'. Off by default, and not needed: r is at
-        most 1/sqrt(a_0).
-      d_max: clip Batch Renormalization's d; likewise, |d| is at most sqrt((1 - a_0) / a_0).
+        Or a function of the batches pushed so far, an `optax` schedule for example: a memory that
+        grows as the learning rate falls. `batch_stats` then counts them, as `steps`, and inference
+        goes by the size of the last batch.
+      decay: in (0, 1], weight of a slot against the next newer one; 1 weighs all equally. Or a
+        function likewise.
       memory_capacity: slots that the memory has room for; default: `memory_size`. Give it to make
-        `memory_size` and `decay` traced values: one compiled program for all of them.
+        `memory_size` and `decay` traced values (one compiled program for all of them) or functions.
 
     Raises:
       ValueError: on construction, where an option is impossible.
@@ -251,11 +351,8 @@ class MemorizedBatchNorm(BatchStatisticsNorm):
     [2.0, 0.0, 0.0, 0.0]
     """
 
-    memory_size: int | Array = 64
-    decay: float | Array = 0.97
-    gradient: str = "auto"
-    r_max: float | None = None
-    d_max: float | None = None
+    memory_size: Schedule = 64
+    decay: Schedule = 0.97
     memory_capacity: int | None = None
 
     def __post_init__(self):
@@ -286,37 +383,26 @@ class MemorizedBatchNorm(BatchStatisticsNorm):
         use_running_average = nn.merge_param(
             "use_running_average", self.use_running_average, use_running_average
         )
-        x, axes, feature_axes = self._input(x)
-        feature_shape = tuple(x.shape[i] for i in feature_axes)
-        memory = self._memory(feature_shape, x.dtype)
-        slots = lax.stop_gradient(Moments(*(variable.value for variable in memory)))
+        x, _, feature_axes = self._input(x)
+        memory = self._memory(tuple(x.shape[i] for i in feature_axes), x.dtype)
+        steps, step = None, jnp.zeros((), jnp.int32)
+        if callable(self.memory_size) or callable(self.decay):
+            steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
+            # Inference goes by the rule of the batch that was normalized last.
+            step = jnp.maximum(steps.value - 1, 0) if use_running_average else steps.value
+        memory_size, decay = value_at(self.memory_size, step), value_at(self.decay, step)
 
         def pooled(slots: Moments) -> tuple[Array, Array]:
-            return pool(slots, memory_weights(slots.count, self.memory_size, self.decay))
+            return pool(slots, memory_weights(slots.count, memory_size, decay))
 
-        if use_running_average:
-            mean, var = pooled(slots)
-        else:
-            guess, _ = pooled(slots)
-            batch = self._batch_moments(x, axes, mask, guess, slots.count[0] > 0)
-            slots = push(slots, batch)
-            mean, var = statistics_with_gradient(
-                batch,
-                *pooled(slots),
-                gradient=self._gradient_rule(x, axes),
-                epsilon=self.epsilon,
-                r_max=self.r_max,
-                d_max=self.d_max,
-            )
-            if not self.is_initializing():
-                self.sow(BATCH_MOMENTS, "moments", batch)
-                for variable, value in zip(memory, slots, strict=True):
-                    variable.value = lax.stop_gradient(value)
-        return self._normalize(x, mean, var, axes, feature_axes)
+        y = self._normalize_by_pool(x, use_running_average, mask, memory, pooled, push)
+        if steps is not None and not use_running_average and not self.is_initializing():
+            steps.value += 1
+        return y
 
     def _memory(self, feature_shape: tuple[int, ...], dtype) -> list[nn.Variable]:
         """Declares the memory, empty at first, and checks one that was handed in."""
-        capacity = self.memory_capacity or int(self.memory_size)
+        capacity = self.memory_capacity or int(cast(int, self.memory_size))
         shape = (capacity, *feature_shape)
         mean_dtype, var_dtype = self._statistics_dtypes(dtype)
         count_dtype = jnp.promote_types(var_dtype, jnp.float32)
@@ -340,16 +426,9 @@ class MemorizedBatchNorm(BatchStatisticsNorm):
             )
         return memory
 
-    def _gradient_rule(self, x: Array, axes: tuple[int, ...]) -> str:
-        if self.gradient != "auto":
-            return self.gradient
-        values = math.prod(x.shape[axis] for axis in axes)
-        if self.axis_name is not None and not self.is_initializing():
-            values *= lax.psum(1, self.axis_name, axis_index_groups=self.axis_index_groups)
-        return "through" if values <= 2 else "renorm"
 
-
-def _canonicalize_axes(rank: int, axis: int | Sequence[int]) -> tuple[int, ...]:
+def canonical_axes(rank: int, axis: int | Sequence[int]) -> tuple[int, ...]:
+    """Returns the feature axes of a layer as non-negative numbers, ascending."""
     axes = (axis,) if isinstance(axis, int) else tuple(axis)
     if any(not -rank <= a < rank for a in axes):
         raise ValueError(
@@ -359,33 +438,26 @@ def _canonicalize_axes(rank: int, axis: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted({a % rank for a in axes}))
 
 
+def _is_number(value: Schedule) -> TypeGuard[float]:
+    return not callable(value) and not isinstance(value, jax.core.Tracer)
+
+
 def _check_options(layer: MemorizedBatchNorm) -> None:
-    """Raises ValueError where a concrete option is impossible; traced ones are taken on trust."""
-    size, capacity = layer.memory_size, layer.memory_capacity
-    size_is_traced = isinstance(size, jax.core.Tracer)
+    """Raises ValueError where a number is impossible; traced ones and functions are trusted."""
+    size, decay, capacity = layer.memory_size, layer.decay, layer.memory_capacity
     if capacity is not None and capacity < 1:
         raise ValueError(f"memory_capacity must be 1 or more, got {capacity}.")
-    if size_is_traced and capacity is None:
+    if not _is_number(size) and capacity is None:
         raise ValueError(
-            "A traced memory_size needs memory_capacity, the number of slots to make room for."
+            "A memory_size that is traced or a function needs memory_capacity, the number of slots "
+            "to make room for."
         )
-    if not size_is_traced and (int(size) != size or size < 1):
+    if _is_number(size) and (int(size) != size or size < 1):
         raise ValueError(
             "memory_size must be a whole number of 1 or more (it counts the current batch), "
             f"got {size}."
         )
-    if not size_is_traced and capacity is not None and size > capacity:
+    if _is_number(size) and capacity is not None and size > capacity:
         raise ValueError(f"memory_size must be at most memory_capacity={capacity}, got {size}.")
-    if not isinstance(layer.decay, jax.core.Tracer) and not 0 < layer.decay <= 1:
-        raise ValueError(f"decay must be in (0, 1], got {layer.decay}.")
-    if layer.gradient not in GRADIENTS:
-        raise ValueError(f"gradient must be one of {GRADIENTS}, got {layer.gradient!r}.")
-    for name, least in (("r_max", 1), ("d_max", 0)):
-        limit = getattr(layer, name)
-        if limit is not None and layer.gradient != "renorm":
-            raise ValueError(
-                f"{name} clips Batch Renormalization's correction and needs gradient='renorm', "
-                f"got gradient={layer.gradient!r}."
-            )
-        if limit is not None and limit < least:
-            raise ValueError(f"{name} must be {least} or more, got {limit}.")
+    if _is_number(decay) and not 0 < decay <= 1:
+        raise ValueError(f"decay must be in (0, 1], got {decay}.")

@@ -5,14 +5,23 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import linen as nn
 from ml_collections import ConfigDict
 
-from mbn_jax.batch_renorm import BatchRenorm, relaxed
+from mbn_jax.averaged import AveragedBatchNorm
+from mbn_jax.batch_renorm import BatchRenorm
 from mbn_jax.normalization import MemorizedBatchNorm
 from mbn_jax.parallel import AXIS_NAME
+from mbn_jax.statistics import Schedule
+from mbn_jax.virtual_batches import VirtualBatches
 
 SYNCS = ("sync", "group", "local")
+
+
+def synced_devices(config: ConfigDict, num_devices: int) -> int:
+    """Returns over how many devices the statistics of a batch are pooled."""
+    return {"sync": num_devices, "group": config.norm.sync_group_size, "local": 1}[config.norm.sync]
 
 
 class Affine(nn.Module):
@@ -37,6 +46,18 @@ class Affine(nn.Module):
         return y.astype(self.dtype or x.dtype)
 
 
+def memory_rule(config: ConfigDict, total_steps: int) -> tuple[Schedule, Schedule]:
+    """Returns memory size and decay of the layers, as numbers or as functions of the step."""
+    norm, growth = config.norm, config.norm.memory_schedule
+    if isinstance(growth.start_size, int) and not growth.start_size:
+        return norm.memory_size, norm.decay
+    begin, end = round(growth.begin * total_steps), round(growth.end * total_steps)
+    size = optax.linear_schedule(
+        growth.start_size, norm.memory_size, max(1, end - begin), transition_begin=begin
+    )
+    return size, norm.decay
+
+
 def _statistics_options(config: ConfigDict, num_devices: int) -> dict:
     """Returns what every layer with batch statistics takes."""
     norm = config.norm
@@ -53,14 +74,26 @@ def _statistics_options(config: ConfigDict, num_devices: int) -> dict:
 
 def _memorized(config: ConfigDict, num_devices: int, total_steps: int) -> Callable[..., nn.Module]:
     norm = config.norm
+    memory_size, decay = memory_rule(config, total_steps)
     return functools.partial(
         MemorizedBatchNorm,
-        memory_size=norm.memory_size,
-        memory_capacity=norm.memory_capacity or None,
-        decay=norm.decay,
+        memory_size=memory_size,
+        memory_capacity=norm.memory_capacity or norm.memory_size,
+        decay=decay,
         gradient=norm.gradient,
         r_max=norm.r_max or None,
         d_max=norm.d_max or None,
+        **_statistics_options(config, num_devices),
+    )
+
+
+def _averaged(config: ConfigDict, num_devices: int, total_steps: int) -> Callable[..., nn.Module]:
+    return functools.partial(
+        AveragedBatchNorm,
+        decay=config.norm.decay,
+        gradient=config.norm.gradient,
+        r_max=config.norm.r_max or None,
+        d_max=config.norm.d_max or None,
         **_statistics_options(config, num_devices),
     )
 
@@ -82,8 +115,8 @@ def _batch_renorm(
     return functools.partial(
         BatchRenorm,
         momentum=config.norm.momentum,
-        r_max=relaxed(1.0, limits.r_max, begin, until(limits.r_end)),
-        d_max=relaxed(0.0, limits.d_max, begin, until(limits.d_end)),
+        r_max=optax.linear_schedule(1.0, limits.r_max, until(limits.r_end), begin),
+        d_max=optax.linear_schedule(0.0, limits.d_max, until(limits.d_end), begin),
         **_statistics_options(config, num_devices),
     )
 
@@ -104,6 +137,7 @@ def _none(config: ConfigDict, num_devices: int, total_steps: int) -> Callable[..
 
 NORMS = {
     "memorized": _memorized,
+    "averaged": _averaged,
     "batch": _batch,
     "batch_renorm": _batch_renorm,
     "group": _without_statistics(
@@ -114,8 +148,16 @@ NORMS = {
     "instance": _without_statistics(lambda config: nn.InstanceNorm),
     "none": _none,
 }
+NORMS_OF_BATCHES = ("memorized", "averaged", "batch", "batch_renorm")
+"""Those with statistics of batches."""
+
+NORMS_WITH_MEMORY = ("memorized", "averaged")
+"""Those of which `double_forward='transport'` can move what they keep."""
+
 LAYERS = (
+    VirtualBatches,
     MemorizedBatchNorm,
+    AveragedBatchNorm,
     nn.BatchNorm,
     BatchRenorm,
     nn.GroupNorm,
@@ -137,7 +179,17 @@ def build_norm(config: ConfigDict, num_devices: int, total_steps: int) -> Callab
     Returns:
       A factory: `norm(use_running_average=..., scale_init=...)` is a linen module.
     """
-    return functools.partial(
+    norm = functools.partial(
         NORMS[config.norm.name](config, num_devices, total_steps),
         dtype=jnp.dtype(config.model.dtype),
     )
+    virtual_batch_size = config.norm.virtual_batch_size
+    if not virtual_batch_size or config.norm.name not in NORMS_OF_BATCHES:
+        return norm
+    synced = synced_devices(config, num_devices)
+    num_groups = config.batch_size // num_devices * synced // virtual_batch_size
+
+    def in_groups(use_running_average: bool, **options) -> nn.Module:
+        return VirtualBatches(functools.partial(norm, **options), num_groups, use_running_average)
+
+    return in_groups

@@ -1,4 +1,4 @@
-"""How one per-device function runs on many devices: layout, runtime, pooling of statistics.
+"""How one per-device function runs on many devices: layout and runtime.
 
 Every array that lives on the devices has a leading axis with one entry a local device. Both
 runtimes share that layout, so that the choice between them is made here and nowhere else.
@@ -9,12 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
-
-from mbn_jax.statistics import Moments, pool_groups
 
 PyTree = Any
 
@@ -159,37 +156,3 @@ def split_over_devices(batch: PyTree, *, axis: int = 0, devices: Devices = None)
         return np.stack(parts)
 
     return jax.tree.map(split, batch)
-
-
-def pool_over_devices(batch_stats: PyTree) -> PyTree:
-    """Pools statistics that each device keeps for itself into those of all devices together.
-
-    By the law of total variance, wherever a layer keeps a `mean` beside a `var`: weighted by its
-    `count` if it has one (a memory, slot by slot), else equally. An average of variances would lose
-    the spread between the devices. Other floating-point arrays are averaged; integers, such as
-    counters, are the first device's, for an average would turn them into floats.
-
-    Args:
-      batch_stats: nested dicts of arrays `[devices, ...]`.
-
-    Returns:
-      The same without the first axis: what one device can use for inference or go on from.
-
-    >>> stats = {'mean': jnp.array([[0.0], [2.0]]), 'var': jnp.array([[1.0], [1.0]])}
-    >>> {name: float(x[0]) for name, x in pool_over_devices(stats).items()}
-    {'mean': 1.0, 'var': 2.0}
-    """
-    if not isinstance(batch_stats, dict):
-        if jnp.issubdtype(batch_stats.dtype, jnp.inexact):
-            return batch_stats.mean(0)
-        return batch_stats[0]
-    pooled: dict[str, jax.Array] = {}
-    mean, var = batch_stats.get("mean"), batch_stats.get("var")
-    arrays = jax.Array | np.ndarray
-    if isinstance(mean, arrays) and isinstance(var, arrays):  # Not layers of these names.
-        count = batch_stats.get("count", jnp.ones_like(var))
-        pooled = pool_groups(Moments(*map(jnp.asarray, (mean, var, count))))._asdict()
-    return {
-        name: pooled[name] if name in pooled else pool_over_devices(value)
-        for name, value in batch_stats.items()
-    }

@@ -14,21 +14,23 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mbn_jax import config as config_lib
+from mbn_jax.batch_stats import pool_batch_stats
 from mbn_jax.datasets.images import Split
 from mbn_jax.datasets.pipeline import evaluation_batches
 from mbn_jax.double_forward import TrainState
 from mbn_jax.experiment import Batch, Experiment
+from mbn_jax.norm_inputs import recalibrated
 from mbn_jax.parallel import (
     Devices,
     distribute,
     gather_over_hosts,
     local_devices,
     map_over_devices,
-    pool_over_devices,
     replicate,
     split_over_devices,
 )
 from mbn_jax.shift import ShiftMeter
+from mbn_jax.statistics import Moments
 
 PyTree = Any
 
@@ -55,6 +57,13 @@ class Program:
             out_shardings=jax.sharding.SingleDeviceSharding(local_devices(devices)[0]),
         )
         self._evaluate = self.map_over_devices(experiment.evaluate)
+        self._norm_inputs = {
+            recalibrate: self.map_over_devices(
+                functools.partial(experiment.norm_inputs, recalibrate=recalibrate)
+            )
+            for recalibrate in (False, True)
+        }
+        self._recalibrated = self.map_over_devices(recalibrated)
 
     def map_over_devices(self, function: Callable, **options) -> Callable:
         """Compiles a function of one device for all of them."""
@@ -109,11 +118,57 @@ class Program:
         sums = {name: float(value[0]) for name, value in jax.device_get(totals).items()}
         return {"loss": sums["loss"] / sums["count"], "error": sums["wrong"] / sums["count"]}
 
+    def norm_inputs(
+        self,
+        config: ConfigDict,
+        params: PyTree,
+        batch_stats: PyTree,
+        examples: int,
+        *,
+        recalibrate: bool = False,
+    ) -> dict[str, Moments]:
+        """Returns the moments, by layer, of what the norms are given by training examples.
+
+        Args:
+          config: of the run.
+          params: arrays `[devices, ...]`.
+          batch_stats: that inference goes by, likewise.
+          examples: so many, evenly spaced over the training split; 0: all.
+          recalibrate: as for `Experiment.norm_inputs`.
+
+        Returns:
+          Arrays `[devices, ...]`, the same on all.
+        """
+        split = self.experiment.train
+        values = replicate(config_lib.traced_values(config), self.devices)
+        moments: dict[str, Moments] = {}
+        batches = self.batches_of(split, config.eval_batch_size, examples)
+        for number, batch in enumerate(batches):
+            batch["number"] = replicate(np.int32(number), self.devices)
+            moments = self._norm_inputs[recalibrate](
+                moments, values, params, batch_stats, self.data(split), batch
+            )
+        return moments
+
+    def recalibrate(self, config: ConfigDict, state: TrainState, num_batches: int) -> TrainState:
+        """Returns the state with its statistics computed anew, with frozen parameters.
+
+        Args:
+          config: of the run.
+          state: arrays `[devices, ...]`.
+          num_batches: of `eval_batch_size` training examples each, or as many as there are.
+        """
+        examples = min(num_batches * config.eval_batch_size, len(self.experiment.train))
+        moments = self.norm_inputs(
+            config, state.params, state.batch_stats, examples, recalibrate=True
+        )
+        return state.replace(batch_stats=self._recalibrated(state.batch_stats, moments))
+
     def inference_stats(self, state: TrainState) -> PyTree:
         """Returns the statistics that inference goes by: of all devices together."""
         if not self.experiment.local_statistics:
             return state.batch_stats
-        pooled = pool_over_devices(gather_over_hosts(state.batch_stats))
+        pooled = pool_batch_stats(gather_over_hosts(state.batch_stats))
         return replicate(pooled, self.devices)
 
     def batches_of(self, split: Split, batch_size: int, examples: int = 0) -> Iterator[Batch]:

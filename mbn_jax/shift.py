@@ -3,24 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 from ml_collections import ConfigDict
 
 from mbn_jax import config as config_lib
-from mbn_jax.datasets.pipeline import take
-from mbn_jax.diagnostics import (
-    inference_statistics,
-    layers_with_statistics,
-    record_norm_inputs,
-    statistics_error,
-    update_shift,
-)
+from mbn_jax.diagnostics import statistics_error, update_shift
 from mbn_jax.double_forward import TrainState
 from mbn_jax.experiment import Batch
+from mbn_jax.norm_inputs import record_norm_inputs
 from mbn_jax.norms import LAYERS
 from mbn_jax.parallel import AXIS_NAME, first_device, replicate
-from mbn_jax.statistics import Moments, batch_moments, pool_groups
+from mbn_jax.statistics import Moments
 
 if TYPE_CHECKING:
     from mbn_jax.program import Program
@@ -36,7 +28,6 @@ class ShiftMeter:
         self._program = program
         self._experiment = program.experiment
         self._update_shift = program.map_over_devices(self._device_update_shift)
-        self._norm_inputs = program.map_over_devices(self._device_norm_inputs)
         self._statistics_errors = program.map_over_devices(self._device_statistics_errors)
 
     def measure(
@@ -62,14 +53,10 @@ class ShiftMeter:
         if block is not None:
             measured.append(("shift", self._update_shift(state, values, data, block)))
         batch_stats = self._program.inference_stats(state)
-        population: dict[str, Moments] = {}
-        batches = self._program.batches_of(split, config.eval_batch_size, config.shift.examples)
-        for number, batch in enumerate(batches):
-            batch["number"] = replicate(np.int32(number), self._program.devices)
-            population = self._norm_inputs(
-                population, values, state.params, batch_stats, data, batch
-            )
         if batch_stats:
+            population = self._program.norm_inputs(
+                config, state.params, batch_stats, config.shift.examples
+            )
             errors = self._statistics_errors(population, values, batch_stats)
             measured.append(("error", errors))
         found = {}
@@ -99,13 +86,12 @@ class ShiftMeter:
         new, _ = self._experiment.step(values)(state, batch)
         synced = self._experiment.config.norm.sync == "sync"
 
-        def moments(x: jax.Array) -> Moments:
-            return _moments(x, axis_name=AXIS_NAME if synced else None)
-
         def inputs(params: PyTree) -> dict[str, Moments]:
             variables = {"params": params, "batch_stats": state.batch_stats}
             with record_norm_inputs(
-                LAYERS, self._experiment.config.shift.layers, moments
+                LAYERS,
+                self._experiment.config.shift.layers,
+                axis_name=AXIS_NAME if synced else None,
             ) as recorded:
                 self._experiment.model(values).apply(
                     variables,
@@ -117,74 +103,24 @@ class ShiftMeter:
             return recorded
 
         before, after = inputs(state.params), inputs(new.params)
-        stats = self._inference_statistics(state.batch_stats, values)
+        stats = self._experiment.inference_statistics(state.batch_stats, values)
         shifts = {}
         for layer, moments_before in before.items():
-            _, var = stats.get(layer.split("#")[0], (None, moments_before.var))
+            _, var = stats.get(layer, (None, moments_before.var))
             epsilon = self._experiment.config.norm.epsilon
             shifts[layer] = update_shift(moments_before, after[layer], var, epsilon)
         return jax.lax.pmean(shifts, AXIS_NAME)
-
-    def _device_norm_inputs(
-        self,
-        totals: dict[str, Moments],
-        values: Batch,
-        params: PyTree,
-        batch_stats: PyTree,
-        data: Batch,
-        batch: Batch,
-    ) -> dict[str, Moments]:
-        """Adds one batch, at inference and augmented, to the moments of what the norms are given.
-
-        Args:
-          totals: by layer, or empty before the first batch.
-          values: of the run.
-          params: of the network.
-          batch_stats: that inference goes by.
-          data: the split, or empty where batches come decoded.
-          batch: as `evaluation_batches` yields them, and 'number', which one it is.
-
-        Returns:
-          The moments over all devices and batches so far, by layer.
-        """
-        mask = batch["mask"]
-        examples = take(data, {k: v for k, v in batch.items() if k not in ("mask", "number")})
-        batch = self._experiment.augmented(values, examples, batch["number"])
-
-        def moments(x: jax.Array) -> Moments:
-            return _moments(x, AXIS_NAME, mask.reshape(-1, *(1,) * (x.ndim - 1)))
-
-        variables = {"params": params, "batch_stats": batch_stats}
-        with record_norm_inputs(LAYERS, self._experiment.config.shift.layers, moments) as recorded:
-            self._experiment.model(values).apply(variables, batch["image"], train=False)
-        if not totals:
-            return recorded
-        both = jax.tree.map(lambda *x: jnp.stack(x), totals, recorded)
-        return {layer: pool_groups(moments) for layer, moments in both.items()}
 
     def _device_statistics_errors(
         self, population: dict[str, Moments], values: Batch, batch_stats: PyTree
     ) -> dict[str, dict[str, jax.Array]]:
         """Returns `mbn_jax.diagnostics.statistics_error` for each layer that keeps statistics."""
-        stats = self._inference_statistics(batch_stats, values)
+        stats = self._experiment.inference_statistics(batch_stats, values)
         errors = {}
         for layer, moments in population.items():
-            if (path := layer.split("#")[0]) in stats:
-                mean, var = stats[path]
+            if layer in stats:
+                mean, var = stats[layer]
                 errors[layer] = statistics_error(
                     mean, var, moments, self._experiment.config.norm.epsilon
                 )
         return errors
-
-    def _inference_statistics(self, batch_stats: PyTree, values: Batch):
-        size, decay = values["norm.memory_size"], values["norm.decay"]
-        return {
-            path: inference_statistics(stats, size, decay)
-            for path, stats in layers_with_statistics(batch_stats).items()
-        }
-
-
-def _moments(x: jax.Array, axis_name: str | None, mask: jax.Array | None = None) -> Moments:
-    """Returns the moments of a layer's input, exactly: two passes, channels last."""
-    axes = tuple(range(x.ndim - 1))
-    return batch_moments(x, axes, axis_name=axis_name, mask=mask, use_fast_variance=False)

@@ -11,12 +11,14 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
+from mbn_jax.batch_stats import pool_batch_stats
 from mbn_jax.checkpoints import Checkpoints
 from mbn_jax.config import steps_per_epoch, traced_values
 from mbn_jax.datasets.pipeline import training_blocks
 from mbn_jax.diagnostics import memory_distance
 from mbn_jax.double_forward import TrainState
 from mbn_jax.experiment import Batch
+from mbn_jax.norms import memory_rule
 from mbn_jax.parallel import (
     distribute,
     first_device,
@@ -167,8 +169,12 @@ def _run(
                 f"step {step}/{total_steps}  test loss {values['test_loss']:.4f}  "
                 f"test error {values['test_error']:.2%}"
             )
+            if last and config.recalibrate_batches and state.batch_stats:
+                fresh = program.recalibrate(config, state, config.recalibrate_batches)
+                recalibrated = program.evaluate(config, fresh)
+                values |= {f"recalibrated_test_{k}": v for k, v in recalibrated.items()}
             if config.norm.name == "memorized":
-                reporter.write(step, _distances(state, config), only_events=True)
+                reporter.write(step, _distances(program, config, state), only_events=True)
         if measures:
             values |= program.shift.measure(config, state, None if last else block)
         reporter.write(step, values)
@@ -236,6 +242,7 @@ def _blocks(program: Program, config: ConfigDict, first_step: int) -> Iterator[t
         first_step=first_step,
         num_steps=experiment.total_steps,
         steps_per_block=steps_per_block,
+        num_workers=config.dataset.num_workers,
         process_index=jax.process_index(),
         process_count=jax.process_count(),
     )
@@ -273,9 +280,12 @@ def _check_finite(value: float, what: str, step: int, schedule: optax.Schedule) 
         )
 
 
-def _distances(state: TrainState, config: ConfigDict) -> dict[str, float]:
+def _distances(program: Program, config: ConfigDict, state: TrainState) -> dict[str, float]:
     stats = first_device(state.batch_stats)
-    distances = memory_distance(stats, config.norm.memory_size, config.norm.decay)
+    if config.norm.virtual_batch_size:
+        stats = pool_batch_stats(stats)
+    rule = memory_rule(config, program.experiment.total_steps)
+    distances = memory_distance(stats, *rule)
     return {f"memory_distance/{path}": float(value) for path, value in distances.items()}
 
 

@@ -6,10 +6,11 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
-from mbn_jax.batch_renorm import BatchRenorm, relaxed
-from mbn_jax.parallel import pool_over_devices
+from mbn_jax.batch_renorm import BatchRenorm
+from mbn_jax.batch_stats import pool_batch_stats
 
 EPSILON = 1e-5
 # Outputs of size 1 to 10: some ten roundoffs (6e-8) of float32.
@@ -91,7 +92,9 @@ def test_where_no_limit_binds_training_normalizes_as_inference_does():
 
 def test_the_schedule_is_of_the_steps_that_were_seen():
     layer = BatchRenorm(
-        use_running_average=False, r_max=relaxed(1.0, 3.0, 1, 1), d_max=relaxed(0.0, 5.0, 1, 1)
+        use_running_average=False,
+        r_max=optax.linear_schedule(1.0, 3.0, 1, 1),
+        d_max=optax.linear_schedule(0.0, 5.0, 1, 1),
     )
     mu, sigma = np.zeros(3), np.ones(3)
     variables = layer.init(jax.random.key(0), batches(1)[0])
@@ -106,7 +109,7 @@ def test_devices_pool_their_averages_and_keep_the_count_of_steps():
     x = batches(2)
     variables = layer.init(jax.random.key(0), x[0])
     each = [train(layer, variables, one)[1]["batch_stats"] for one in x]
-    pooled = pool_over_devices(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
+    pooled = pool_batch_stats(jax.tree.map(lambda *leaves: jnp.stack(leaves), *each))
     together = np.float64(jnp.concatenate(x))
     close(pooled["mean"], together.mean((0, 1)))
     close(pooled["var"], together.var((0, 1)))

@@ -32,7 +32,7 @@ def test_every_experiment_is_a_sweep_that_can_be_declared(experiment):
         return
     sweep, config = load_sweep(str(experiment), [], None)
     assert len({member.folder for member in sweep.members()}) == len(sweep.members())
-    assert config.dataset.name == "digits"
+    assert config.dataset.name == next(iter(sweep.configs))
     for member in sweep.members():
         validate(member.config(config))
     _, config = load_sweep(str(experiment), ["--config.dataset.name=cifar10"], None)

@@ -11,8 +11,6 @@ import optax
 import pytest
 
 from mbn_jax import MemorizedBatchNorm, TrainState, make_train_step
-from mbn_jax.double_forward import FIRST_BATCH_MOMENTS
-from mbn_jax.normalization import BATCH_MOMENTS
 
 NORMS = {"memorized": MemorizedBatchNorm, "batch": nn.BatchNorm}
 
@@ -143,46 +141,6 @@ def test_dropout_is_the_same_in_both_forwards(norm, batches):
     moved, _ = jax.jit(make_train_step(model.apply, tx, loss_fn))(other, batches[0])
     last = sorted(moved.batch_stats)[-1]
     assert np.abs(moved.batch_stats[last]["mean"] - stats[1][0].batch_stats[last]["mean"]).max() > 0
-
-
-class Recorder(nn.Module):
-    """A layer that records a number in the first forward and reads it back in the second."""
-
-    @nn.compact
-    def __call__(self, x):
-        seen = self.variable("batch_stats", "seen", jnp.zeros, (2,))
-        calls = self.variable("batch_stats", "calls", jnp.zeros, (), jnp.int32)
-        if self.is_initializing():
-            return x
-        if self.has_variable(FIRST_BATCH_MOMENTS, "sum"):
-            seen.value = jnp.stack(self.get_variable(FIRST_BATCH_MOMENTS, "sum"))
-        self.sow(BATCH_MOMENTS, "sum", x.sum())
-        calls.value += 1
-        return x
-
-
-def test_second_forward_hands_over_what_the_first_recorded_call_by_call():
-    class Twice(nn.Module):
-        def setup(self):
-            self.scale = self.param("scale", nn.initializers.ones, ())
-            self.recorder = Recorder()
-
-        def __call__(self, x):
-            return self.recorder(self.recorder(x * self.scale) + 1)
-
-    model, tx = Twice(), optax.sgd(1.0)
-    variables = model.init(jax.random.key(0), jnp.ones(4))
-
-    def loss(apply, batch):
-        y, updates = apply(batch)
-        return y.sum(), ({}, updates)
-
-    state = TrainState.create(variables, tx, jax.random.key(0))
-    state, _ = jax.jit(make_train_step(model.apply, tx, loss))(state, jnp.ones(4))
-    assert float(state.params["scale"]) == -3.0
-    # What the first forward saw, under scale 1: 4 ones, then 4 twos.
-    assert state.batch_stats["recorder"]["seen"].tolist() == [4.0, 8.0]
-    assert int(state.batch_stats["recorder"]["calls"]) == 2
 
 
 def test_a_model_without_statistics_pays_nothing_for_the_second_forward(batches):

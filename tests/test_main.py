@@ -34,7 +34,25 @@ DIGITS = str(ROOT / "configs" / "digits.py")
         (["--config.norm.name=memorised"], "norm.name must be .* Did you mean 'memorized'"),
         (["--config.norm.sync=all"], "norm.sync must be one of sync, group, local, got 'all'"),
         (["--config.model.name=resnet"], "model.name must be one of convnet, .* got 'resnet'"),
-        (["--config.double_forward=on"], "double_forward must be one of off, rewrite, got 'on'"),
+        (
+            ["--config.double_forward=on"],
+            "must be one of off, rewrite, transport, got 'on'",
+        ),
+        (
+            ["--config.double_forward=transport", "--config.norm.name=batch"],
+            "needs norm.name of memorized, averaged, got 'batch'; others take 'rewrite'",
+        ),
+        (["--config.dataset.random_resized_crop=True"], "needs dataset.image_size, to crop to"),
+        (
+            ["--config.dataset.validation=True", "--config.dataset.train_split=train[:9]"],
+            "validation divides a whole split, got .*'train.:9.'",
+        ),
+        (["--config.norm.memory_schedule.start_size=65"], "must be at most norm.memory_size=64"),
+        (["--config.norm.memory_schedule.begin=1.0"], "0 <= begin < end <= 1, got 1.0 and 1.0"),
+        (
+            ["--config.batch_size=8", "--config.norm.virtual_batch_size=3"],
+            "virtual_batch_size must be a multiple of the 8 devices .* got 3",
+        ),
         (["--config.batch_size=0"], "batch_size must be 1 or more, got 0"),
         (["--config.batch_size=12"], "divisible by the 8 devices, got 12"),
         (["--config.batch_size=1440"], "at most the 1437 examples of split 'train'"),

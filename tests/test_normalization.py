@@ -8,12 +8,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 import reference
 from flax import linen as nn
 
 from mbn_jax import MemorizedBatchNorm
-from mbn_jax.batch_renorm import BatchRenorm, relaxed
+from mbn_jax.averaged import AveragedBatchNorm
+from mbn_jax.batch_renorm import BatchRenorm
 from mbn_jax.normalization import BATCH_MOMENTS, statistics_with_gradient
 from mbn_jax.norms import Affine
 from mbn_jax.statistics import Moments, memory_weights, pool
@@ -64,9 +66,22 @@ NORMS = {
     "batch_renorm": Norm(functools.partial(BatchRenorm, r_max=2.0, d_max=1.0)),
     "batch_renorm_schedule": Norm(
         functools.partial(
-            BatchRenorm, r_max=relaxed(1.0, 3.0, 0, 4), d_max=relaxed(0.0, 5.0, 1, 2), momentum=0.5
+            BatchRenorm,
+            r_max=optax.linear_schedule(1.0, 3.0, 4),
+            d_max=optax.linear_schedule(0.0, 5.0, 2, 1),
+            momentum=0.5,
         )
     ),
+    "memorized_schedule": Norm(
+        functools.partial(
+            memorized,
+            memory_size=optax.linear_schedule(1, 4, 3),
+            decay=optax.linear_schedule(1.0, 0.5, 2),
+            memory_capacity=4,
+        )
+    ),
+    "averaged": Norm(AveragedBatchNorm),
+    "averaged_through": Norm(functools.partial(AveragedBatchNorm, gradient="through", decay=1.0)),
     "affine": Norm(Affine, statistics=False),
 }
 every_norm = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
@@ -850,7 +865,7 @@ def test_impossible_options_are_refused_on_construction(options, message):
 
 
 def test_traced_memory_size_needs_a_capacity():
-    with pytest.raises(ValueError, match=r"traced memory_size needs memory_capacity"):
+    with pytest.raises(ValueError, match="traced or a function needs memory_capacity"):
         jax.jit(lambda k: MemorizedBatchNorm(memory_size=k).init(jax.random.key(0), k))(2)
 
 

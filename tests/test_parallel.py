@@ -12,13 +12,13 @@ from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from mbn_jax import MemorizedBatchNorm, TrainState, make_train_step
+from mbn_jax.batch_stats import pool_batch_stats
 from mbn_jax.parallel import (
     AXIS_NAME,
     RUNTIMES,
     distribute,
     first_device,
     map_over_devices,
-    pool_over_devices,
     replicate,
     split_over_devices,
 )
@@ -105,7 +105,7 @@ def test_local_statistics_of_every_device_survive_and_pool_to_those_of_the_whole
 
     dense = jax.tree.map(np.float64, first_device(state.params)["Dense_0"])
     activations = np.float64(batch_of(32)["x"]) @ dense["kernel"] + dense["bias"][None]
-    pooled = pool_over_devices(state.batch_stats)["MemorizedBatchNorm_0"]
+    pooled = pool_batch_stats(state.batch_stats)["MemorizedBatchNorm_0"]
     # Float32 activations of order 1 from a matrix product of length 5.
     np.testing.assert_allclose(pooled["mean"][0], activations.mean(0), atol=1e-6)
     np.testing.assert_allclose(pooled["var"][0], activations.var(0), rtol=1e-5)
@@ -148,7 +148,7 @@ def test_pooling_weighs_by_counts_and_leaves_integers_alone():
         "steps": jnp.array([7, 7], jnp.int32),
         "mean": {"kernel": jnp.array([1.0, 3.0])},
     }
-    pooled = pool_over_devices(stats)
+    pooled = pool_batch_stats(stats)
     # Three values with mean 2: (2 * 1 + 4) / 3; variance (2 * (2 + 1) + (0 + 4)) / 3.
     np.testing.assert_allclose(pooled["a"]["mean"], [[2.0]], rtol=1e-6)
     np.testing.assert_allclose(pooled["a"]["var"], [[10 / 3]], rtol=1e-6)

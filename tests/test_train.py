@@ -13,12 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mbn_jax.batch_stats import pool_batch_stats
 from mbn_jax.checkpoints import Checkpoints
 from mbn_jax.config import default_config, traced_values
 from mbn_jax.errors import UserError
 from mbn_jax.evaluation import evaluate_run
 from mbn_jax.experiment import Experiment
-from mbn_jax.parallel import pool_over_devices, replicate
+from mbn_jax.parallel import replicate
 from mbn_jax.program import Programs
 from mbn_jax.reporting import read_metrics
 from mbn_jax.train import DivergenceError
@@ -194,7 +195,7 @@ def test_local_statistics_start_from_their_pool_on_other_devices(config, tmp_pat
     # Restored for synced devices, every device holds the pool.
     config.norm.sync = "sync"
     pooled = final_state(config, tmp_path).batch_stats
-    expected = replicate(pool_over_devices(jax.tree.map(jnp.asarray, stacked.batch_stats)))
+    expected = replicate(pool_batch_stats(jax.tree.map(jnp.asarray, stacked.batch_stats)))
     assert_same_bits(pooled, jax.device_get(expected))
 
 

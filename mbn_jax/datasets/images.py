@@ -3,7 +3,9 @@
 import dataclasses
 import difflib
 import importlib
+import itertools
 import logging
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
@@ -29,29 +31,64 @@ class Split:
     Attributes:
       name: the TFDS split, for example 'train[:90%]'.
       source: examples by index, dicts with 'image' and 'label'.
+      encoded: the same with their images as they are stored, to read labels only.
       image_shape: (height, width, channels).
       num_classes: number of labels.
       images: uint8 `[examples, height, width, channels]`, or None where they stay on disk.
       labels: int32 `[examples]`, or None likewise.
+      random_resized_crop: whether `read` crops, at random where it is given keys.
     """
 
     name: str
     source: "Source"
+    encoded: "Source"
     image_shape: tuple[int, int, int]
     num_classes: int
     images: np.ndarray | None = None
     labels: np.ndarray | None = None
+    random_resized_crop: bool = False
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def read(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Reads examples: 'image' uint8 `[n, height, width, channels]` and 'label' int32 `[n]`."""
+    def read(
+        self, indices: np.ndarray, keys: Iterable[tuple[int, ...]] = ()
+    ) -> dict[str, np.ndarray]:
+        """Reads examples.
+
+        Args:
+          indices: of the examples.
+          keys: what each one's random crop is drawn by, where there is one; without, the centre.
+
+        Returns:
+          'image' uint8 `[n, height, width, channels]` and 'label' int32 `[n]`.
+        """
         if self.images is not None and self.labels is not None:
             return {"image": self.images[indices], "label": self.labels[indices]}
         examples = [self.source[int(i)] for i in indices]
-        images = np.stack([_resize(example["image"], self.image_shape) for example in examples])
-        return {"image": images, "label": np.array([e["label"] for e in examples], np.int32)}
+        images = []
+        for example, key in itertools.zip_longest(examples, keys):
+            box = None
+            if self.random_resized_crop:
+                size = example["image"].shape[:2]
+                box = center_box(size) if key is None else random_box(size, key)
+            images.append(_resize(example["image"], self.image_shape, box))
+        labels = np.array([example["label"] for example in examples], np.int32)
+        return {"image": np.stack(images), "label": labels}
+
+    def read_in_threads(self, indices: np.ndarray) -> dict[str, np.ndarray]:
+        """Reads many examples, as `read` does without keys."""
+        chunks = np.array_split(indices, max(1, len(indices) // 512))
+        with ThreadPoolExecutor() as pool:  # PNG decoding releases the interpreter lock.
+            parts = list(pool.map(self.read, chunks))
+        return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
+
+    def read_labels(self) -> np.ndarray:
+        """Returns the labels of all examples, int32; no image is decoded."""
+        if self.labels is not None:
+            return self.labels
+        labels = [self.encoded[i]["label"] for i in range(len(self.encoded))]
+        return np.array(labels, np.int32)
 
 
 def load_split(
@@ -60,6 +97,7 @@ def load_split(
     *,
     data_dir: str | None = None,
     image_size: int = 0,
+    random_resized_crop: bool = False,
     max_bytes_in_memory: int = 4 << 30,
 ) -> Split:
     """Opens a split of any TFDS image-classification data set.
@@ -69,6 +107,8 @@ def load_split(
       split: TFDS split, slices included.
       data_dir: where TFDS keeps its data sets; default: TFDS's own.
       image_size: height and width to resize to on reading; 0 keeps the images as stored.
+      random_resized_crop: resize a part of the image, random in training and central else, for
+        which it stays on disk.
       max_bytes_in_memory: a split of more bytes stays on disk and is decoded as it is used.
 
     Returns:
@@ -78,7 +118,7 @@ def load_split(
       UserError: for an unknown or unprepared data set or split, one that is not image
         classification, or images of varying size without `image_size`.
     """
-    builder = _prepared_builder(name, data_dir)
+    tfds, builder = _prepared_builder(name, data_dir)
     features = builder.info.features
     keys = builder.info.supervised_keys
     if (
@@ -94,6 +134,8 @@ def load_split(
     image_key, label_key = keys
     try:
         source = builder.as_data_source(split=split)
+        undecoded = {image_key: tfds.decode.SkipDecoding()}
+        encoded = builder.as_data_source(split=split, decoders=undecoded)
         num_examples = len(source)  # TFDS refuses an empty slice.
     except (ValueError, KeyError, AssertionError) as error:
         raise UserError(
@@ -111,15 +153,16 @@ def load_split(
     loaded = Split(
         name=split,
         source=_Renamed(source, image_key, label_key),
+        encoded=_Renamed(encoded, image_key, label_key),
         image_shape=(height, width, channels),
         num_classes=features[label_key].num_classes,
+        random_resized_crop=random_resized_crop,
     )
-    if num_examples * height * width * channels > max_bytes_in_memory:
+    size = num_examples * height * width * channels
+    if random_resized_crop or size > max_bytes_in_memory:
         return loaded
-    with ThreadPoolExecutor() as pool:  # PNG decoding releases the interpreter lock.
-        chunks = np.array_split(np.arange(num_examples), max(1, num_examples // 512))
-        parts = list(pool.map(loaded.read, chunks))
-    images, labels = (np.concatenate([part[key] for part in parts]) for key in ("image", "label"))
+    examples = loaded.read_in_threads(np.arange(num_examples))
+    images, labels = examples["image"], examples["label"]
     if labels.min() < 0 or labels.max() >= loaded.num_classes:
         raise UserError(
             f"Split {split!r} of data set {name!r} has labels from {labels.min()} to "
@@ -177,7 +220,7 @@ def _prepared_builder(name: str, data_dir: str | None):
             f"TensorFlow is installed (`pip install '.[prepare]'`), with {build}, or set "
             "dataset.data_dir to where it is."
         )
-    return builder
+    return tfds, builder
 
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:
@@ -186,11 +229,55 @@ def _is_worth_reading(record: logging.LogRecord) -> bool:
     return "OpenCV is not installed" not in message and "no dataset_info.json" not in message
 
 
-def _resize(image: np.ndarray, shape: tuple[int, int, int]) -> np.ndarray:
-    if image.shape == shape:
+Box = tuple[float, float, float, float]
+
+
+def random_box(size: tuple[int, int], key: Sequence[int]) -> Box:
+    """Draws a part of an image: 8 to 100 % of its area, its sides in a ratio of 3/4 to 4/3.
+
+    Args:
+      size: (height, width) of the image.
+      key: what the draw is a function of.
+
+    Returns:
+      (left, upper, right, lower), in pixels.
+
+    References:
+      Szegedy et al., "Going deeper with convolutions", CVPR 2015, section 6.
+
+    >>> random_box((100, 80), (0, 1)) == random_box((100, 80), (0, 1))
+    True
+    """
+    height, width = size
+    rng = np.random.default_rng(tuple(key))
+    for _ in range(10):
+        area = height * width * rng.uniform(0.08, 1.0)
+        ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))
+        w, h = round(np.sqrt(area * ratio)), round(np.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            left, upper = rng.integers(width - w + 1), rng.integers(height - h + 1)
+            return float(left), float(upper), float(left + w), float(upper + h)
+    return center_box(size)
+
+
+def center_box(size: tuple[int, int]) -> Box:
+    """Returns the central square of an image, 7/8 of its shorter side: 224 of 256 pixels.
+
+    >>> center_box((256, 320))
+    (48.0, 16.0, 272.0, 240.0)
+    """
+    height, width = size
+    side = min(size) * 7 / 8
+    left, upper = (width - side) / 2, (height - side) / 2
+    return left, upper, left + side, upper + side
+
+
+def _resize(image: np.ndarray, shape: tuple[int, int, int], box: Box | None) -> np.ndarray:
+    if image.shape == shape and box is None:
         return image
     from PIL import Image
 
     height, width, channels = shape
     resized = Image.fromarray(image.squeeze(-1) if channels == 1 else image)
-    return np.asarray(resized.resize((width, height), Image.Resampling.BILINEAR)).reshape(shape)
+    resized = resized.resize((width, height), Image.Resampling.BILINEAR, box=box)
+    return np.asarray(resized).reshape(shape)

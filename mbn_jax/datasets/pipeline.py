@@ -4,6 +4,8 @@ The order and every random draw are functions of (seed, step, position in the gl
 so a run is the same on one host or many, and a resumed run goes on as if never stopped.
 """
 
+import contextlib
+import dataclasses
 import functools
 import os
 from collections.abc import Iterator
@@ -12,6 +14,7 @@ import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import flags
 
 from mbn_jax.datasets.images import Split
 from mbn_jax.errors import UserError
@@ -30,19 +33,14 @@ class BatchOrder:
 
     def __init__(self, split: Split, *, seed: int, batch_size: int, classes_per_batch: int = 0):
         """Raises UserError where the split has no batch of so few classes."""
-        self._seed = seed
+        self.seed = seed
         self._batch_size = batch_size
         self._num_examples = len(split)
-        self._labels = split.labels
         self._chunk = batch_size // classes_per_batch if classes_per_batch else 0
         self._length = self._num_examples
         if not classes_per_batch:
             return
-        if self._labels is None:
-            raise UserError(
-                "dataset.classes_per_batch needs a split in memory; raise "
-                "dataset.max_bytes_in_memory, or set it to 0."
-            )
+        self._labels = split.read_labels()
         chunks = (np.bincount(self._labels) // self._chunk).sum()
         self._length = chunks // classes_per_batch * batch_size
         if not self._length:
@@ -61,17 +59,46 @@ class BatchOrder:
 
     @functools.lru_cache(maxsize=2)  # noqa: B019  # Lives as long as the run.
     def _epoch(self, epoch: int) -> np.ndarray:
-        rng = np.random.default_rng((self._seed, epoch))
+        rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(self._num_examples).astype(np.int32)
         if not self._chunk:
             return order
-        assert self._labels is not None
         chunks = []
         for label in np.unique(self._labels):
             examples = order[self._labels[order] == label]
             whole = len(examples) // self._chunk * self._chunk
             chunks.append(examples[:whole].reshape(-1, self._chunk))
         return rng.permutation(np.concatenate(chunks)).reshape(-1)[: self._length]
+
+
+@dataclasses.dataclass(frozen=True)
+class HostBatches:
+    """One host's part of the training batches; travels to worker processes.
+
+    Attributes:
+      split: what to read.
+      order: of its examples.
+      process_index: of this host.
+      process_count: number of hosts.
+    """
+
+    split: Split
+    order: BatchOrder
+    process_index: int
+    process_count: int
+
+    def indices(self, first: int, last: int) -> np.ndarray:
+        """Returns the examples of steps `first` to `last` - 1, int32 `[steps, local batch]`."""
+        indices = self.order.steps(first, last)
+        local = indices.shape[1] // self.process_count
+        return indices[:, self.process_index * local :][:, :local]
+
+    def read(self, step: int) -> dict[str, np.ndarray]:
+        """Reads the batch of a step, decoded, and cropped by (seed, step, position)."""
+        indices = self.indices(step, step + 1)[0]
+        first = self.process_index * len(indices)
+        keys = [(self.order.seed, step, first + i) for i in range(len(indices))]
+        return self.split.read(indices, keys)
 
 
 def training_blocks(
@@ -81,6 +108,7 @@ def training_blocks(
     first_step: int,
     num_steps: int,
     steps_per_block: int,
+    num_workers: int = 0,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -92,6 +120,7 @@ def training_blocks(
       first_step: 0, or the step that a resumed run goes on with.
       num_steps: of the whole run.
       steps_per_block: steps handed over at once.
+      num_workers: processes that decode what is not in memory; 0: threads of this one.
       process_index: of this host.
       process_count: number of hosts.
 
@@ -99,27 +128,24 @@ def training_blocks(
       'index' int32 `[steps, local batch]` for a split in memory, the last block filled up with 0;
       else 'image' and 'label', decoded, `[steps, local batch, ...]`, the last block as it is left.
     """
-
-    def part(first: int, last: int) -> np.ndarray:
-        indices = order.steps(first, min(last, num_steps))
-        local = indices.shape[1] // process_count
-        return indices[:, process_index * local : (process_index + 1) * local]
-
+    host = HostBatches(split, order, process_index, process_count)
     if split.images is not None:
         for step in range(first_step, num_steps, steps_per_block):
-            indices = part(step, step + steps_per_block)
+            indices = host.indices(step, min(step + steps_per_block, num_steps))
             yield {"index": np.pad(indices, ((0, steps_per_block - len(indices)), (0, 0)))}
         return
     # Whole batches are read ahead: few of them, because they may be large.
-    threads = os.cpu_count() or 1
+    threads = 1 if num_workers else os.cpu_count() or 1
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    batches = grain.MapDataset.range(first_step, num_steps).map(
-        lambda step: split.read(part(step, step + 1)[0])
-    )
-    decoded = iter(batches.to_iter_dataset(options))
-    for step in range(first_step, num_steps, steps_per_block):
-        stack = [next(decoded) for _ in range(min(steps_per_block, num_steps - step))]
-        yield {key: np.stack([batch[key] for batch in stack]) for key in stack[0]}
+    batches = grain.MapDataset.range(first_step, num_steps).map(host.read).to_iter_dataset(options)
+    if num_workers:
+        if not flags.FLAGS.is_parsed():  # Grain looks for flags of absl, which may be unused.
+            flags.FLAGS.mark_as_parsed()
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+    with contextlib.closing(iter(batches)) as decoded:
+        for step in range(first_step, num_steps, steps_per_block):
+            stack = [next(decoded) for _ in range(min(steps_per_block, num_steps - step))]
+            yield {key: np.stack([batch[key] for batch in stack]) for key in stack[0]}
 
 
 def evaluation_batches(
@@ -158,7 +184,7 @@ def evaluation_batches(
 def pixel_statistics(split: Split) -> tuple[np.ndarray, np.ndarray]:
     """Returns mean and standard deviation of each channel, float32, over up to 10,000 examples."""
     count = min(len(split), STATISTICS_EXAMPLES)
-    images = split.read(np.linspace(0, len(split) - 1, count).astype(int))["image"]
+    images = split.read_in_threads(np.linspace(0, len(split) - 1, count).astype(int))["image"]
     pixels = images.reshape(-1, images.shape[-1])
     std = pixels.std(0, dtype=np.float64)
     mean = pixels.mean(0, dtype=np.float64)

@@ -34,7 +34,7 @@ FIGURES = "figures"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vPX"
 DASHES = ("-", "--", "-.", ":")
-PERCENT = ("test_error", "train_error")
+PERCENT = ("test_error", "train_error", "recalibrated_test_error")
 
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #111; background: #fff; margin: 0 auto;

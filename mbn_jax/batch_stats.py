@@ -1,0 +1,257 @@
+"""What can be done to a `batch_stats` collection beside training: read, pool, fill and fold it.
+
+Works on the collections of `MemorizedBatchNorm`, `BatchRenorm` and `flax.linen.BatchNorm`, alone or
+in `VirtualBatches`.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from mbn_jax.statistics import Array, Moments, Schedule, memory_weights, pool, pool_groups, value_at
+
+PyTree = Any
+
+NAMES = ("MemorizedBatchNorm", "AveragedBatchNorm", "BatchRenorm", "VirtualBatches")
+"""Classes by which flax names the layers that stand where a `BatchNorm` could."""
+
+
+def layers_with_statistics(batch_stats: PyTree) -> dict[str, PyTree]:
+    """Returns what each layer keeps in `batch_stats`, by the layer's path.
+
+    >>> list(layers_with_statistics({'block': {'norm': {'mean': 0, 'var': 1}}}))
+    ['block/norm']
+    """
+    layers: dict[str, PyTree] = {}
+
+    def keep(path: tuple[str, ...], stats: PyTree) -> PyTree:
+        layers["/".join(path)] = stats
+        return stats
+
+    map_layers(keep, batch_stats)
+    return layers
+
+
+def map_layers(
+    function: Callable[[tuple[str, ...], PyTree], PyTree],
+    batch_stats: PyTree,
+    others: Callable[[Array], Any] = lambda x: x,
+) -> PyTree:
+    """Returns `batch_stats` with `function(path, statistics)` in place of each layer's.
+
+    Args:
+      function: of the names that lead to a layer, and of what it keeps.
+      batch_stats: nested dicts.
+      others: of the arrays that belong to no such layer.
+
+    >>> map_layers(lambda path, stats: stats['mean'], {'a': {'norm': {'mean': 0, 'var': 1}}})
+    {'a': {'norm': 0}}
+    """
+
+    def visit(path: tuple[str, ...], tree: PyTree) -> PyTree:
+        if not isinstance(tree, Mapping):
+            return others(tree)
+        if {"mean", "var"} <= set(tree) and not isinstance(tree["mean"], Mapping):
+            return function(path, tree)  # Not a module with layers of these names.
+        return {name: visit((*path, name), child) for name, child in tree.items()}
+
+    return visit((), batch_stats)
+
+
+def inference_statistics(
+    layer_stats: PyTree, memory_size: Schedule, decay: Schedule
+) -> tuple[Array, Array]:
+    """Returns (mean, var) that one layer normalizes by at inference.
+
+    Args:
+      layer_stats: what the layer keeps in `batch_stats`: a memory, or moving averages.
+      memory_size: of a memory.
+      decay: of a memory.
+    """
+    mean, var = layer_stats["mean"], layer_stats["var"]
+    if "count" not in layer_stats:
+        return mean, var
+    slots = Moments(mean, var, layer_stats["count"])
+    last = jnp.maximum(layer_stats.get("steps", 0) - 1, 0)
+    weights = memory_weights(slots.count, value_at(memory_size, last), value_at(decay, last))
+    return pool(slots, weights)
+
+
+def pool_batch_stats(batch_stats: PyTree) -> PyTree:
+    """Pools statistics that devices, or virtual batches, keep for themselves into those of all.
+
+    By the law of total variance, wherever a layer keeps a `mean` beside a `var`: weighted by its
+    `count` or `weight` if it has one (a memory, slot by slot), else equally. An average of
+    variances would lose the spread between the groups. Other floating-point arrays are averaged;
+    integers, such as counters, are the first group's, for an average would turn them into floats.
+
+    Args:
+      batch_stats: nested dicts of arrays `[groups, ...]`.
+
+    Returns:
+      The same without the first axis: what one network can use for inference or go on from.
+
+    >>> stats = {'mean': jnp.array([[0.0], [2.0]]), 'var': jnp.array([[1.0], [1.0]])}
+    >>> {name: float(x[0]) for name, x in pool_batch_stats(stats).items()}
+    {'mean': 1.0, 'var': 2.0}
+    """
+
+    def average(x: Array) -> Array:
+        return x.mean(0) if jnp.issubdtype(x.dtype, jnp.inexact) else x[0]
+
+    def pool_layer(_, stats: PyTree) -> PyTree:
+        mean, var = stats["mean"], stats["var"]
+        count = stats.get("count", stats.get("weight", jnp.ones_like(var)))
+        pooled = pool_groups(Moments(*map(jnp.asarray, (mean, var, count))))._asdict()
+        pooled["weight"] = pooled["count"]
+        return {
+            name: pooled[name] if name in pooled else jax.tree.map(average, value)
+            for name, value in stats.items()
+        }
+
+    return map_layers(pool_layer, batch_stats, average)
+
+
+def with_moments(layer_stats: PyTree, moments: Moments) -> PyTree:
+    """Returns a layer's statistics as if it had seen one batch, and nothing else.
+
+    Args:
+      layer_stats: what the layer keeps in `batch_stats`, with or without leading axes of groups.
+      moments: of the batch, `[*F]`; in a memory they are the newest slot, and the only one.
+
+    >>> stats = {'mean': jnp.zeros((2, 1)), 'var': jnp.ones((2, 1)), 'count': jnp.zeros((2, 1))}
+    >>> batch = Moments(jnp.array([3.0]), jnp.array([4.0]), jnp.array([8.0]))
+    >>> {name: x[:, 0].tolist() for name, x in with_moments(stats, batch).items()}
+    {'mean': [3.0, 0.0], 'var': [4.0, 0.0], 'count': [8.0, 0.0]}
+    """
+    moments_by_name = {**moments._asdict(), "weight": moments.count}
+
+    def filled(name: str, value: Array) -> Array:
+        new = moments_by_name[name].astype(value.dtype)
+        if "count" not in layer_stats:
+            return jnp.broadcast_to(new, value.shape)
+        newest = (..., 0, *(slice(None),) * new.ndim)
+        return jnp.zeros_like(value).at[newest].set(new)
+
+    return {
+        name: filled(name, jnp.asarray(value)) if name in moments_by_name else value
+        for name, value in layer_stats.items()
+    }
+
+
+def to_batch_norm(
+    variables: PyTree,
+    *,
+    memory_size: Schedule = 64,
+    decay: Schedule = 0.97,
+    virtual_batches: bool = False,
+) -> PyTree:
+    """Folds trained statistics into variables for the same network with `flax.linen.BatchNorm`.
+
+    Its output at inference is the same: a memory becomes its pooled mean and variance. Layers that
+    flax named by their class are renamed, `MemorizedBatchNorm_0` to `BatchNorm_0`.
+
+    Args:
+      variables: 'params' and 'batch_stats' of the trained network.
+      memory_size: of its layers.
+      decay: of its layers.
+      virtual_batches: whether its layers are in `VirtualBatches`.
+
+    Returns:
+      The variables for the network with `BatchNorm` of the same `epsilon`.
+
+    Raises:
+      ValueError: where two layers would get one name.
+
+    >>> from mbn_jax import MemorizedBatchNorm
+    >>> stats = {'mean': jnp.array([[1.0], [3.0]]), 'var': jnp.ones((2, 1))}
+    >>> variables = {'batch_stats': {'norm': {**stats, 'count': jnp.ones((2, 1))}}}
+    >>> folded = to_batch_norm(variables, memory_size=2, decay=1.0)['batch_stats']['norm']
+    >>> {name: x.tolist() for name, x in folded.items()}
+    {'mean': [2.0], 'var': [2.0]}
+    """
+
+    def fold(_, stats: PyTree) -> PyTree:
+        stats = pool_batch_stats(stats) if virtual_batches else stats
+        mean, var = inference_statistics(stats, memory_size, decay)
+        return {"mean": mean, "var": var}
+
+    batch_stats = map_layers(fold, variables.get("batch_stats", {}))
+    return _named_as_batch_norm({**variables, "batch_stats": batch_stats})
+
+
+def from_batch_norm(batch_norm: PyTree, variables: PyTree, *, count: float = 1.0) -> PyTree:
+    """Starts a network from a checkpoint of the same one with `flax.linen.BatchNorm`.
+
+    Parameters are taken over; the moving averages become the first slot of a memory, which leaves
+    it as newer batches come. At inference the output is that of the checkpoint.
+
+    Args:
+      batch_norm: 'params' and 'batch_stats' of the checkpoint.
+      variables: what `init` of the new network returned.
+      count: elements behind the moving averages: their weight where devices pool memories.
+
+    Returns:
+      Variables of the tree of `variables`.
+
+    Raises:
+      ValueError: where the two are not of the same network, naming what differs.
+
+    >>> trained = {'batch_stats': {'norm': {'mean': jnp.array([2.0]), 'var': jnp.array([4.0])}}}
+    >>> empty = {'mean': jnp.zeros((3, 1)), 'var': jnp.ones((3, 1)), 'count': jnp.zeros((3, 1))}
+    >>> started = from_batch_norm(trained, {'batch_stats': {'norm': empty}})
+    >>> started['batch_stats']['norm']['mean'][:, 0].tolist()
+    [2.0, 0.0, 0.0]
+    """
+
+    def renamed(path) -> str:
+        return "/".join(_batch_norm_name(str(key.key)) for key in path)
+
+    def without_statistics(tree: PyTree) -> PyTree:
+        return {k: v for k, v in tree.items() if k != "batch_stats"}
+
+    old_stats, stats = (
+        layers_with_statistics(_named_as_batch_norm(tree.get("batch_stats", {})))
+        for tree in (batch_norm, variables)
+    )
+    old, new = (
+        {renamed(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+        for tree in map(without_statistics, (batch_norm, variables))
+    )
+    shapes = ({(path, jnp.shape(leaf)) for path, leaf in leaves.items()} for leaves in (old, new))
+    differing = {path for path, _ in set.symmetric_difference(*shapes)}
+    differing |= set(old_stats) ^ set(stats)
+    if differing:
+        raise ValueError(
+            "The checkpoint must be of the same network with BatchNorm, and differs in "
+            f"{', '.join(sorted(differing)[:5])}{' and more' if len(differing) > 5 else ''}."
+        )
+
+    def start(path: tuple[str, ...], layer_stats: PyTree) -> PyTree:
+        found = old_stats["/".join(map(_batch_norm_name, path))]
+        mean, var = jnp.asarray(found["mean"]), jnp.asarray(found["var"])
+        return with_moments(layer_stats, Moments(mean, var, jnp.full_like(var, count)))
+
+    started = jax.tree_util.tree_map_with_path(
+        lambda path, _: old[renamed(path)], without_statistics(variables)
+    )
+    return {**started, "batch_stats": map_layers(start, variables.get("batch_stats", {}))}
+
+
+def _batch_norm_name(name: str) -> str:
+    return re.sub(rf"^({'|'.join(NAMES)})(?=_\d+$)", "BatchNorm", name)
+
+
+def _named_as_batch_norm(tree: PyTree) -> PyTree:
+    if not isinstance(tree, Mapping):
+        return tree
+    renamed = {_batch_norm_name(name): _named_as_batch_norm(child) for name, child in tree.items()}
+    if len(renamed) < len(tree):
+        raise ValueError(
+            f"Renamed to BatchNorm, two layers of {sorted(tree)} would have one name; give the "
+            "normalization layers of the network names of their own."
+        )
+    return renamed

@@ -1,0 +1,360 @@
+"""Transport: the second forward moves the whole memory by what the update did."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mbn_jax import MemorizedBatchNorm, TrainState, make_train_step
+from mbn_jax.averaged import AveragedBatchNorm
+from mbn_jax.normalization import BATCH_MOMENTS, FIRST_BATCH_MOMENTS
+from mbn_jax.parallel import AXIS_NAME, map_over_devices, replicate, split_over_devices
+from mbn_jax.statistics import Moments, transport
+from mbn_jax.virtual_batches import VirtualBatches
+
+memorized = functools.partial(MemorizedBatchNorm, memory_size=4, decay=0.9)
+
+
+class Net(nn.Module):
+    norm: object = memorized
+    layers: int = 1
+
+    @nn.compact
+    def __call__(self, x, train):
+        for _ in range(self.layers):
+            x = nn.relu(self.norm(use_running_average=not train)(nn.Dense(6)(x)))
+        return nn.Dense(3)(x)
+
+
+def loss_fn(apply, x):
+    y, updates = apply(x, train=True)
+    return ((y - 1) ** 2).mean(), ({}, updates)
+
+
+def changing(change):
+    """An optimizer that sets the parameters to `change(params)`, whatever the gradient."""
+
+    def update(grads, state, params):
+        return jax.tree.map(jnp.subtract, change(params), params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def batches(steps, size=16, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(steps, size, 5)), jnp.float32)
+
+
+def run(model, tx, data, mode="transport", state=None):
+    if state is None:
+        variables = model.init(jax.random.key(0), data[0], train=False)
+        state = TrainState.create(variables, tx, jax.random.key(1))
+    step = jax.jit(make_train_step(model.apply, tx, loss_fn, double_forward=mode))
+    for x in data:
+        state, _ = step(state, x)
+    return state
+
+
+def stats_of(state, name="MemorizedBatchNorm_0"):
+    return state.batch_stats[name]
+
+
+def moments(x):
+    return x.mean(0), x.var(0)
+
+
+def test_a_scale_and_an_offset_move_every_slot_to_where_its_batch_is():
+    data = batches(4)
+    scale = jnp.linspace(0.8, 1.3, 6)
+
+    def change(params):
+        dense = params["Dense_0"]
+        dense = {
+            "kernel": dense["kernel"] * scale[None],
+            "bias": dense["bias"] * scale + jnp.linspace(-0.2, 0.2, 6),
+        }
+        return {**params, "Dense_0": dense}
+
+    state = run(Net(), changing(change), data)
+    dense = jax.tree.map(np.float64, state.params["Dense_0"])
+    memory = stats_of(state)
+    for slot, x in enumerate(reversed(data)):
+        mean, var = moments(np.float64(x) @ dense["kernel"] + dense["bias"])
+        # Float32 statistics, and epsilon's part in the ratio of variances of 0.1 and more.
+        np.testing.assert_allclose(memory["mean"][slot], mean, atol=1e-5)
+        np.testing.assert_allclose(memory["var"][slot], var, rtol=2e-4)
+
+
+def test_equals_transport_by_hand_in_float64():
+    data, tx = batches(3), optax.sgd(0.3)
+    before = run(Net(), tx, data[:2])
+    state = run(Net(), tx, data[2:], state=before)
+
+    def of_batch(params):
+        dense = jax.tree.map(np.float64, params["Dense_0"])
+        return moments(np.float64(data[2]) @ dense["kernel"] + dense["bias"])
+
+    (m, v), (m_after, v_after) = of_batch(before.params), of_batch(state.params)
+    old, new = stats_of(before), stats_of(state)
+    assert np.abs(m_after - m).max() > 1e-3
+    ratio = (v_after + 1e-5) / (v + 1e-5)
+    for slot in range(2):
+        mean = m_after + np.sqrt(ratio) * (old["mean"][slot] - m)
+        # Float32 against float64.
+        np.testing.assert_allclose(new["mean"][slot + 1], mean, rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(new["var"][slot + 1], old["var"][slot] * ratio, rtol=1e-4)
+    np.testing.assert_allclose(new["mean"][0], m_after, atol=1e-5)
+    np.testing.assert_allclose(new["var"][0], v_after, rtol=1e-4)
+    assert new["count"][:, 0].tolist() == [16, 16, 16, 0]
+
+
+@pytest.mark.parametrize("norm", [memorized, AveragedBatchNorm], ids=["memorized", "averaged"])
+def test_at_rate_0_nothing_moves(norm):
+    data = batches(5)
+    rewritten, moved = (
+        run(Net(norm, layers=2), optax.sgd(0.0), data, mode) for mode in ("rewrite", "transport")
+    )
+    # An average is computed in place, and rounds as the compiler fuses it.
+    check = np.testing.assert_array_equal
+    if norm is AveragedBatchNorm:
+        check = functools.partial(np.testing.assert_allclose, rtol=1e-6)
+    jax.tree.map(check, rewritten.batch_stats, moved.batch_stats)
+
+
+@pytest.mark.parametrize("norm", [memorized, AveragedBatchNorm], ids=["memorized", "averaged"])
+def test_inference_on_the_batch_is_the_second_forward(norm):
+    data, model, tx = batches(4), Net(norm, layers=2), optax.sgd(0.3)
+    before = run(model, tx, data[:3])
+    first = model.apply(
+        {"params": before.params, "batch_stats": before.batch_stats},
+        data[3],
+        train=True,
+        mutable=["batch_stats", BATCH_MOMENTS],
+    )[1][BATCH_MOMENTS]
+    after = run(model, tx, data[3:], state=before)
+    second, _ = model.apply(
+        {
+            "params": after.params,
+            "batch_stats": before.batch_stats,
+            FIRST_BATCH_MOMENTS: first,
+        },
+        data[3],
+        train=True,
+        mutable=["batch_stats", BATCH_MOMENTS],
+    )
+    inferred = model.apply(
+        {"params": after.params, "batch_stats": after.batch_stats}, data[3], train=False
+    )
+    # Rounding of the same numbers in another program.
+    np.testing.assert_allclose(inferred, second, atol=3e-6 * np.abs(second).max())
+
+
+@pytest.mark.parametrize("norm", [memorized, AveragedBatchNorm], ids=["memorized", "averaged"])
+def test_what_is_kept_is_nearer_to_the_current_network(norm):
+    # With a mean, as a layer's inputs have after a ReLU: most of a shift is common to all batches.
+    data, tx = batches(20) + 1, optax.sgd(0.003)
+    norm = functools.partial(norm, decay=1.0)
+    if norm.func is MemorizedBatchNorm:
+        norm = functools.partial(norm, memory_size=20)
+    name = type(norm()).__name__
+    errors = {}
+    for mode in ("off", "rewrite", "transport"):
+        state = run(Net(norm), tx, data, mode)
+        dense = state.params["Dense_0"]
+        mean, _ = moments(data.reshape(-1, 5) @ dense["kernel"] + dense["bias"][None])
+        kept = stats_of(state, f"{name}_0")["mean"]
+        kept = kept.mean(0) if kept.ndim == 2 else kept
+        errors[mode] = float(jnp.abs(kept - mean).mean())
+    assert errors["transport"] < 0.3 * errors["rewrite"] < 0.4 * errors["off"]
+
+
+def test_one_bad_update_does_not_spoil_the_memory():
+    data = batches(3)
+    good = run(Net(), optax.sgd(0.1), data)
+    for factor in (1e6, np.nan):
+        bad = changing(lambda params: jax.tree.map(lambda p: p * factor, params))  # noqa: B023
+        old, new = stats_of(good), stats_of(run(Net(), bad, data[:1], state=good))
+        slots = slice(1, 4) if np.isfinite(factor) else slice(0, 3)
+        ratio = new["var"][slots] / old["var"][:3]
+        assert np.isfinite(ratio).all()
+        assert (ratio <= 2).all()
+        # Two standard deviations of the slots' own distance, at most, beside the bounded shift.
+        moved = np.abs(new["mean"][slots] - old["mean"][:3]) / np.sqrt(old["var"][:3].max(0))
+        assert moved.max() < 3
+
+
+@pytest.mark.parametrize("var", [0.0, 1e-12, 1.0])
+def test_bounds_of_the_shift(var):
+    slots = Moments(jnp.zeros((2, 1)), jnp.full((2, 1), var), jnp.ones((2, 1)))
+    before = Moments(jnp.zeros(1), jnp.full(1, var), jnp.ones(1))
+    after = Moments(jnp.full(1, -50.0), jnp.full(1, 90.0), jnp.ones(1))
+    moved = transport(slots, before, after, 1e-5)
+    np.testing.assert_allclose(moved.mean, -np.sqrt(var + 1e-5), rtol=1e-5)
+    np.testing.assert_allclose(moved.var, 2 * var, rtol=1e-6)
+    unseen = before._replace(count=jnp.zeros(1))
+    for pair in ((unseen, after), (before, after._replace(mean=jnp.full(1, jnp.inf)))):
+        jax.tree.map(np.testing.assert_array_equal, transport(slots, *pair, 1e-5), slots)
+
+
+def test_masked_rows_move_nothing():
+    class Masked(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x, keep = x[:, :-1], x[:, -1:] > 0
+            return memorized(use_running_average=not train)(nn.Dense(6)(x), mask=keep)
+
+    data = batches(3)
+    keep = jnp.ones((3, 16, 1)).at[:, 10:].set(0)
+    masked = run(Masked(), optax.sgd(0.0), jnp.concatenate([data, keep], -1))
+    short = run(Masked(), optax.sgd(0.0), jnp.concatenate([data, keep], -1)[:, :10])
+    # Sums of 10 and of 16 numbers, 6 of them 0.
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, atol=1e-6),
+        masked.batch_stats,
+        short.batch_stats,
+    )
+
+
+def test_a_layer_called_twice_is_matched_call_by_call():
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            norm = memorized(use_running_average=not train)
+            x = norm(nn.Dense(6)(x))
+            return norm(nn.Dense(6)(x) + 3.0)
+
+    def change(params):
+        first = params["Dense_0"]
+        return {**params, "Dense_0": {**first, "bias": first["bias"] + 0.25}}
+
+    # The first call's inputs move by 0.25; the second's, normalized between, by what is left of it.
+    data = batches(2)
+    before = run(Twice(), changing(change), data[:1])
+    after = run(Twice(), changing(change), data[1:], state=before)
+    old, new = stats_of(before), stats_of(after)
+    step = {"params": before.params, "batch_stats": before.batch_stats}
+    mutable = ["batch_stats", BATCH_MOMENTS]
+    recorded = []
+    for params in (before.params, after.params):
+        _, updates = Twice().apply({**step, "params": params}, data[1], train=True, mutable=mutable)
+        recorded.append(updates[BATCH_MOMENTS]["MemorizedBatchNorm_0"]["moments"])
+    # The first call sees the old slots, moved by its shift; then the second moves all of them.
+    slots = Moments(old["mean"], old["var"], old["count"])
+    moved = transport(slots, recorded[0][0], recorded[1][0], 1e-5)
+    np.testing.assert_allclose(recorded[1][0].mean - recorded[0][0].mean, 0.25, atol=1e-5)
+    # What the second forward saw in its second call follows a memory that has moved: compared
+    # through the slot that it pushed.
+    second = Moments(new["mean"][0], new["var"][0], new["count"][0])
+    moved = transport(moved, recorded[0][1], second, 1e-5)
+    np.testing.assert_allclose(new["mean"][2], moved.mean[0], atol=1e-5)
+    np.testing.assert_allclose(new["var"][2], moved.var[0], rtol=1e-4)
+
+
+class Lifted(nn.Module):
+    axes: dict
+
+    @nn.compact
+    def __call__(self, x, train):
+        layer = nn.vmap(
+            MemorizedBatchNorm, variable_axes=self.axes, split_rngs={"params": True}, in_axes=0
+        )
+        return layer(memory_size=4, use_running_average=not train)(x[None])[0]
+
+
+def test_a_memory_that_would_be_left_behind_is_an_error():
+    shown = {"params": 0, "batch_stats": 0}
+    data = batches(2)
+    for axes in (shown, {**shown, BATCH_MOMENTS: 0}, {**shown, FIRST_BATCH_MOMENTS: 0}):
+        with pytest.raises(ValueError, match=r"cannot: .*VmapMemorizedBatchNorm_0.*variable_axes"):
+            run(Lifted(axes), optax.sgd(0.1), data)
+    both = {**shown, BATCH_MOMENTS: 0, FIRST_BATCH_MOMENTS: 0}
+    assert run(Lifted(both), optax.sgd(0.1), data).step == 2
+    with pytest.raises(ValueError, match=r"no layer has a memory.*take 'rewrite'"):
+        run(Net(nn.BatchNorm), optax.sgd(0.1), data)
+
+
+def test_other_norms_beside_a_memory_are_left_alone():
+    class Mixed(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = memorized(use_running_average=not train)(nn.Dense(6)(x))
+            return nn.BatchNorm(use_running_average=not train)(nn.Dense(6)(x))
+
+    # At rate 0 the two modes are one, for both.
+    states = [run(Mixed(), optax.sgd(0.0), batches(3), mode) for mode in ("rewrite", "transport")]
+    jax.tree.map(np.testing.assert_array_equal, *(state.batch_stats for state in states))
+
+
+@pytest.mark.parametrize("virtual", [False, True])
+def test_eight_devices_move_as_one(virtual):
+    norm = functools.partial(memorized, axis_name=AXIS_NAME)
+    if virtual:  # Of two groups on each device, each over all devices.
+        norm = functools.partial(VirtualBatches, norm, 2)
+    model, tx, data = Net(norm), optax.sgd(0.2), batches(4, size=32)
+    variables = model.init(jax.random.key(0), data[0], train=False)
+    state = TrainState.create(variables, tx, jax.random.key(1))
+    ends = []
+    for count in (1, 8):
+        step = make_train_step(
+            model.apply, tx, loss_fn, double_forward="transport", axis_name=AXIS_NAME
+        )
+        devices = jax.devices()[:count]
+        step = map_over_devices(step, devices=devices)
+        end = replicate(state, devices)
+        for x in data:
+            if virtual:  # So that a group holds the same examples on one device as on eight.
+                x = x.reshape(count, 2, -1, 5) if count == 1 else x.reshape(2, 8, 2, 5)
+                x = x.reshape(1, 32, 5) if count == 1 else x.swapaxes(0, 1).reshape(8, 4, 5)
+            else:
+                x = split_over_devices(x, devices=devices)
+            end, _ = step(end, x)
+        ends.append(jax.tree.map(lambda x: x[0], end.batch_stats))
+    # Sums over devices in another order.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5), *ends)
+
+
+def test_between_the_updates_of_accumulated_gradients_nothing_moves():
+    data, tx = batches(6), optax.MultiSteps(optax.sgd(0.3), every_k_schedule=3)
+    state = run(Net(), tx, data[:2])
+    plain = run(Net(), tx, data[:2], mode="rewrite")
+    jax.tree.map(np.testing.assert_array_equal, state.batch_stats, plain.batch_stats)
+    moved = run(Net(), tx, data[2:3], state=state)
+    slots = [np.asarray(stats_of(s)["mean"]) for s in (state, moved)]
+    assert np.abs(slots[1][1] - slots[0][0]).max() > 1e-3
+
+
+def test_in_bfloat16_the_statistics_move_in_float32():
+    norm = functools.partial(memorized, dtype=jnp.bfloat16)
+    state = run(Net(norm), optax.sgd(0.1), batches(3))
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.batch_stats)} == {jnp.dtype("float32")}
+    exact = stats_of(run(Net(), optax.sgd(0.1), batches(3)))
+    # bfloat16 keeps 8 bits: inputs of order 1.
+    np.testing.assert_allclose(stats_of(state)["mean"], exact["mean"], atol=3e-2)
+
+
+def test_memory_size_and_decay_may_be_traced():
+    data, tx = batches(4), optax.sgd(0.2)
+
+    def run_traced(memory_size, decay):
+        norm = functools.partial(
+            MemorizedBatchNorm, memory_capacity=4, memory_size=memory_size, decay=decay
+        )
+        model = Net(norm)
+        variables = model.init(jax.random.key(0), data[0], train=False)
+        state = TrainState.create(variables, tx, jax.random.key(1))
+        step = make_train_step(model.apply, tx, loss_fn, double_forward="transport")
+        for x in data:
+            state, _ = step(state, x)
+        return state.batch_stats
+
+    traced = jax.jit(run_traced)(3, 0.5)
+    fixed = run(Net(functools.partial(memorized, memory_size=3, decay=0.5)), tx, data).batch_stats
+    jax.tree.map(
+        # One program of four steps against four of one.
+        lambda a, b: np.testing.assert_allclose(a[:3], b, rtol=1e-5, atol=1e-6),
+        traced["MemorizedBatchNorm_0"],
+        fixed["MemorizedBatchNorm_0"],
+    )
