@@ -8,22 +8,25 @@ docs/measurements.md, "Norms by batch size".
 """
 
 from mbn_jax.config import default_config
+from mbn_jax.datasets.standard import standard_dataset
 
 
 def get_config():
     """Returns the configuration."""
     config = default_config()
-    config.dataset.name = "cifar10"
+    config.dataset.update(standard_dataset("cifar10"))
     config.dataset.train_split = "train[:10000]"
     config.dataset.image_size = 16
     config.dataset.crop_padding = 2
-    config.dataset.flip = True
     config.model.name = "cifar_resnet8"
     config.batch_size = 8
     config.num_epochs = 6.0
     config.optimizer.learning_rate = 0.04
     config.optimizer.weight_decay = 1e-4
     config.schedule.warmup_epochs = 0.25
+    config.norm.memory_size = 128
+    config.norm.decay = 1.0
+    config.norm.memory_schedule.start_size = 16
     config.recalibrate_batches = 20
     config.log_every_steps = 250
     return config

@@ -21,6 +21,7 @@ def get_sweep():
             "optimizer.learning_rate": 0.01,
             "norm.memory_capacity": 512,
             "double_forward": "off",
+            "norm.memory_schedule.start_size": 0,
         },
         axes={
             "memory": {

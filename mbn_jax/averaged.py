@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from flax import linen as nn
 
-from mbn_jax.normalization import PooledBatchNorm
+from mbn_jax.normalization import PooledBatchNorm, is_number
 from mbn_jax.statistics import Array, Moments, abs_sq
 
 
@@ -11,10 +11,11 @@ class AveragedBatchNorm(PooledBatchNorm):
     """Batch normalization by the pool of all batches so far, each `decay` times the next newer one.
 
     What `MemorizedBatchNorm` does with weights decay^i and no end to its memory, in two vectors
-    instead of slots: with a_0 = n / w, n the elements of the batch and w those before, decayed,
+    instead of slots:
 
-        mean <- mean + a_0 (m_B - mean)
-        var  <- (1 - a_0) var + a_0 v_B + a_0 (1 - a_0) |m_B - mean|^2        w <- decay w + n
+        w    <- decay w + 1        a = 1 / w
+        var  <- (1 - a) var + a v_B + a (1 - a) |m_B - mean|^2
+        mean <- mean + a (m_B - mean)
 
     The current batch is in the pool, in training and at inference alike, and the first steps weigh
     what there is, so it is not the moving average of `flax.linen.BatchNorm`. `batch_stats` holds
@@ -34,13 +35,15 @@ class AveragedBatchNorm(PooledBatchNorm):
     ...     _, updates = layer.apply(variables, x, mutable=['batch_stats'])
     ...     variables = {**variables, **updates}
     >>> {name: round(float(value[0]), 3) for name, value in variables['batch_stats'].items()}
-    {'mean': 4.0, 'var': 3.0, 'weight': 3.0}
+    {'mean': 4.0, 'var': 3.0, 'weight': 1.5}
     """
 
     decay: float | Array = 0.97
 
     def __post_init__(self):
-        if isinstance(self.decay, int | float) and not 0 < self.decay <= 1:
+        if callable(self.decay):
+            raise ValueError("AveragedBatchNorm takes a number as decay, got a function.")
+        if is_number(self.decay) and not 0 < self.decay <= 1:
             raise ValueError(f"decay must be in (0, 1], got {self.decay}.")
         super().__post_init__()
 
@@ -80,8 +83,8 @@ class AveragedBatchNorm(PooledBatchNorm):
 
         def pushed(average: Moments, batch: Moments) -> Moments:
             usable = (batch.count > 0) & jnp.isfinite(batch.mean) & jnp.isfinite(batch.var)
-            weight = self.decay * average.count + batch.count
-            share = batch.count / jnp.where(weight > 0, weight, 1)
+            weight = self.decay * average.count + 1
+            share = 1 / weight
             moved = batch.mean - average.mean
             mean = average.mean + share * moved
             var = (1 - share) * (average.var + share * abs_sq(moved)) + share * batch.var

@@ -11,7 +11,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mbn_jax.statistics import Array, Moments, Schedule, memory_weights, pool, pool_groups, value_at
+from mbn_jax.statistics import (
+    Array,
+    Moments,
+    Schedule,
+    memory_rule,
+    memory_weights,
+    pool,
+    pool_groups,
+)
 
 PyTree = Any
 
@@ -38,14 +46,14 @@ def layers_with_statistics(batch_stats: PyTree) -> dict[str, PyTree]:
 def map_layers(
     function: Callable[[tuple[str, ...], PyTree], PyTree],
     batch_stats: PyTree,
-    others: Callable[[Array], Any] = lambda x: x,
+    others: Callable[[tuple[str, ...], Array], Any] = lambda _, x: x,
 ) -> PyTree:
     """Returns `batch_stats` with `function(path, statistics)` in place of each layer's.
 
     Args:
       function: of the names that lead to a layer, and of what it keeps.
       batch_stats: nested dicts.
-      others: of the arrays that belong to no such layer.
+      others: of the names that lead to an array that belongs to no such layer, and of it.
 
     >>> map_layers(lambda path, stats: stats['mean'], {'a': {'norm': {'mean': 0, 'var': 1}}})
     {'a': {'norm': 0}}
@@ -53,7 +61,7 @@ def map_layers(
 
     def visit(path: tuple[str, ...], tree: PyTree) -> PyTree:
         if not isinstance(tree, Mapping):
-            return others(tree)
+            return others(path, tree)
         if {"mean", "var"} <= set(tree) and not isinstance(tree["mean"], Mapping):
             return function(path, tree)  # Not a module with layers of these names.
         return {name: visit((*path, name), child) for name, child in tree.items()}
@@ -76,8 +84,7 @@ def inference_statistics(
         return mean, var
     slots = Moments(mean, var, layer_stats["count"])
     last = jnp.maximum(layer_stats.get("steps", 0) - 1, 0)
-    weights = memory_weights(slots.count, value_at(memory_size, last), value_at(decay, last))
-    return pool(slots, weights)
+    return pool(slots, memory_weights(slots.count, *memory_rule(memory_size, decay, last)))
 
 
 def pool_batch_stats(batch_stats: PyTree) -> PyTree:
@@ -112,7 +119,7 @@ def pool_batch_stats(batch_stats: PyTree) -> PyTree:
             for name, value in stats.items()
         }
 
-    return map_layers(pool_layer, batch_stats, average)
+    return map_layers(pool_layer, batch_stats, lambda _, x: average(x))
 
 
 def with_moments(layer_stats: PyTree, moments: Moments) -> PyTree:
@@ -127,7 +134,8 @@ def with_moments(layer_stats: PyTree, moments: Moments) -> PyTree:
     >>> {name: x[:, 0].tolist() for name, x in with_moments(stats, batch).items()}
     {'mean': [3.0, 0.0], 'var': [4.0, 0.0], 'count': [8.0, 0.0]}
     """
-    moments_by_name = {**moments._asdict(), "weight": moments.count}
+    # An average weighs by batches.
+    moments_by_name = {**moments._asdict(), "weight": (moments.count > 0).astype(jnp.float32)}
 
     def filled(name: str, value: Array) -> Array:
         new = moments_by_name[name].astype(value.dtype)
@@ -145,8 +153,8 @@ def with_moments(layer_stats: PyTree, moments: Moments) -> PyTree:
 def to_batch_norm(
     variables: PyTree,
     *,
-    memory_size: Schedule = 64,
-    decay: Schedule = 0.97,
+    memory_size: Schedule | None = None,
+    decay: Schedule | None = None,
     virtual_batches: bool = False,
 ) -> PyTree:
     """Folds trained statistics into variables for the same network with `flax.linen.BatchNorm`.
@@ -156,15 +164,15 @@ def to_batch_norm(
 
     Args:
       variables: 'params' and 'batch_stats' of the trained network.
-      memory_size: of its layers.
-      decay: of its layers.
+      memory_size: of its layers; must be given where they have memories.
+      decay: of its layers; likewise.
       virtual_batches: whether its layers are in `VirtualBatches`.
 
     Returns:
       The variables for the network with `BatchNorm` of the same `epsilon`.
 
     Raises:
-      ValueError: where two layers would get one name.
+      ValueError: where two layers would get one name, or the rule of a memory is missing.
 
     >>> from mbn_jax import MemorizedBatchNorm
     >>> stats = {'mean': jnp.array([[1.0], [3.0]]), 'var': jnp.ones((2, 1))}
@@ -176,23 +184,31 @@ def to_batch_norm(
 
     def fold(_, stats: PyTree) -> PyTree:
         stats = pool_batch_stats(stats) if virtual_batches else stats
+        if "count" not in stats:
+            return {"mean": stats["mean"], "var": stats["var"]}
+        if memory_size is None or decay is None:
+            raise ValueError(
+                "A memory is folded by the rule of its layer: give the memory_size and the decay "
+                "that it was built with."
+            )
         mean, var = inference_statistics(stats, memory_size, decay)
         return {"mean": mean, "var": var}
 
+    _check_names(variables)
     batch_stats = map_layers(fold, variables.get("batch_stats", {}))
     return _named_as_batch_norm({**variables, "batch_stats": batch_stats})
 
 
-def from_batch_norm(batch_norm: PyTree, variables: PyTree, *, count: float = 1.0) -> PyTree:
+def from_batch_norm(batch_norm: PyTree, variables: PyTree) -> PyTree:
     """Starts a network from a checkpoint of the same one with `flax.linen.BatchNorm`.
 
-    Parameters are taken over; the moving averages become the first slot of a memory, which leaves
-    it as newer batches come. At inference the output is that of the checkpoint.
+    All is taken over as it is, but for the moving averages, which become the first slot of a memory
+    and leave it as newer batches come; in an average they count as one batch. At inference the
+    output is that of the checkpoint.
 
     Args:
       batch_norm: 'params' and 'batch_stats' of the checkpoint.
       variables: what `init` of the new network returned.
-      count: elements behind the moving averages: their weight where devices pool memories.
 
     Returns:
       Variables of the tree of `variables`.
@@ -207,23 +223,24 @@ def from_batch_norm(batch_norm: PyTree, variables: PyTree, *, count: float = 1.0
     [2.0, 0.0, 0.0]
     """
 
-    def renamed(path) -> str:
-        return "/".join(_batch_norm_name(str(key.key)) for key in path)
+    def renamed(path: tuple[str, ...]) -> str:
+        return "/".join(map(_batch_norm_name, path))
 
-    def without_statistics(tree: PyTree) -> PyTree:
-        return {k: v for k, v in tree.items() if k != "batch_stats"}
+    def contents(tree: PyTree) -> tuple[dict[str, PyTree], dict[str, Array]]:
+        """Returns the statistics of layers and all other arrays, by path."""
+        _check_names(tree)
+        layers, others = {}, {}
+        map_layers(
+            lambda path, stats: layers.update({renamed(path): stats}),
+            tree,
+            lambda path, x: others.update({renamed(path): x}),
+        )
+        return layers, others
 
-    old_stats, stats = (
-        layers_with_statistics(_named_as_batch_norm(tree.get("batch_stats", {})))
-        for tree in (batch_norm, variables)
-    )
-    old, new = (
-        {renamed(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-        for tree in map(without_statistics, (batch_norm, variables))
-    )
-    shapes = ({(path, jnp.shape(leaf)) for path, leaf in leaves.items()} for leaves in (old, new))
+    (old_layers, old), (layers, new) = contents(batch_norm), contents(variables)
+    shapes = ({(path, jnp.shape(x)) for path, x in others.items()} for others in (old, new))
     differing = {path for path, _ in set.symmetric_difference(*shapes)}
-    differing |= set(old_stats) ^ set(stats)
+    differing |= set(old_layers) ^ set(layers)
     if differing:
         raise ValueError(
             "The checkpoint must be of the same network with BatchNorm, and differs in "
@@ -231,14 +248,11 @@ def from_batch_norm(batch_norm: PyTree, variables: PyTree, *, count: float = 1.0
         )
 
     def start(path: tuple[str, ...], layer_stats: PyTree) -> PyTree:
-        found = old_stats["/".join(map(_batch_norm_name, path))]
+        found = old_layers[renamed(path)]
         mean, var = jnp.asarray(found["mean"]), jnp.asarray(found["var"])
-        return with_moments(layer_stats, Moments(mean, var, jnp.full_like(var, count)))
+        return with_moments(layer_stats, Moments(mean, var, jnp.ones_like(var)))
 
-    started = jax.tree_util.tree_map_with_path(
-        lambda path, _: old[renamed(path)], without_statistics(variables)
-    )
-    return {**started, "batch_stats": map_layers(start, variables.get("batch_stats", {}))}
+    return map_layers(start, variables, lambda path, _: old[renamed(path)])
 
 
 def _batch_norm_name(name: str) -> str:
@@ -246,12 +260,20 @@ def _batch_norm_name(name: str) -> str:
 
 
 def _named_as_batch_norm(tree: PyTree) -> PyTree:
+    """Renames layers; `tree` has passed `_check_names`."""
     if not isinstance(tree, Mapping):
         return tree
-    renamed = {_batch_norm_name(name): _named_as_batch_norm(child) for name, child in tree.items()}
-    if len(renamed) < len(tree):
+    return {_batch_norm_name(name): _named_as_batch_norm(child) for name, child in tree.items()}
+
+
+def _check_names(tree: PyTree) -> None:
+    """Raises ValueError where two layers would get one name."""
+    if not isinstance(tree, Mapping):
+        return
+    if len(set(map(_batch_norm_name, tree))) < len(tree):
         raise ValueError(
             f"Renamed to BatchNorm, two layers of {sorted(tree)} would have one name; give the "
             "normalization layers of the network names of their own."
         )
-    return renamed
+    for child in tree.values():
+        _check_names(child)

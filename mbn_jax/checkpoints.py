@@ -98,7 +98,8 @@ class Checkpoints:
         on_devices = replicate(restored.replace(batch_stats={}), devices)
         groups = {len(x) for x in jax.tree.leaves(stats)}
         if not local_statistics or groups != {len(devices or jax.devices())}:
-            return on_devices.replace(batch_stats=replicate(_pooled(stats), devices))
+            pooled = _in_groups_of(state.batch_stats, _pooled(stats))
+            return on_devices.replace(batch_stats=replicate(pooled, devices))
         count = len(local_devices(devices))
         first = 0 if devices else jax.process_index() * count
         stats = jax.tree.map(lambda x: x[first : first + count], stats)
@@ -154,6 +155,14 @@ def _pooled(stats):
     if any(len(x) > 1 for x in jax.tree.leaves(stats)):
         return jax.device_get(pool_batch_stats(stats))
     return jax.tree.map(lambda x: x[0], stats)
+
+
+def _in_groups_of(like, stats):
+    """Pools virtual batches where their number is another one now; each starts from the pool."""
+    if jax.tree.map(np.shape, stats) == jax.tree.map(np.shape, like):
+        return stats
+    pooled = jax.device_get(pool_batch_stats(stats))
+    return jax.tree.map(lambda x, y: np.broadcast_to(x, np.shape(y)), pooled, like)
 
 
 def _without_key_type(state: TrainState) -> TrainState:

@@ -166,7 +166,7 @@ def make_train_step(
         elif double_forward == "transport":
             recorded = first.get(BATCH_MOMENTS, {})
             _, (_, updates) = forward(params, **{FIRST_BATCH_MOMENTS: recorded})
-            _check_transported(state.batch_stats, recorded, updates.get(BATCH_MOMENTS, {}))
+            _check_transported(state.batch_stats, recorded, updates)
 
         # As floats, because lax.pmean would turn integers into them on some paths only.
         metrics = {k: jnp.asarray(v, jnp.float32) for k, v in {"loss": loss, **metrics}.items()}
@@ -183,20 +183,26 @@ def make_train_step(
     return train_step
 
 
-def _check_transported(batch_stats: PyTree, first: PyTree, second: PyTree) -> None:
-    """Raises ValueError unless every call of every layer with a memory has moved it."""
+def _check_transported(batch_stats: PyTree, first: PyTree, updates: PyTree) -> None:
+    """Raises ValueError unless every call of every layer that wrote its memory has moved it."""
 
     def calls(recorded: PyTree, name: str) -> dict[str, int]:
         entries = traverse_util.flatten_dict(recorded)
         return {"/".join(path[:-1]): len(x) for path, x in entries.items() if path[-1] == name}
 
+    written = layers_with_statistics(updates.get("batch_stats", {}))
     memories = {
-        path
+        path: written[path]["mean"] is not stats["mean"]  # Else it is frozen, or was not called.
         for path, stats in layers_with_statistics(batch_stats).items()
         if {"count", "weight"} & set(stats)
     }
-    recorded, moved = calls(first, "moments"), calls(second, "transported")
-    left = sorted(path for path in memories if not 0 < recorded.get(path, 0) == moved.get(path, 0))
+    recorded = calls(first, "moments")
+    moved = calls(updates.get(BATCH_MOMENTS, {}), "transported")
+    left = sorted(
+        path
+        for path, is_written in memories.items()
+        if recorded.get(path, 0) != moved.get(path, 0) or (is_written and not moved.get(path))
+    )
     if left or not memories:
         names = ", ".join(name or "the layer" for name in left) or "no layer has a memory"
         raise ValueError(

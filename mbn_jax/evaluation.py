@@ -3,10 +3,13 @@
 import pathlib
 
 import jax
+from ml_collections import ConfigDict
 
 from mbn_jax.checkpoints import Checkpoints
+from mbn_jax.config import validate_devices
 from mbn_jax.errors import UserError
 from mbn_jax.experiment import load_dataset_split
+from mbn_jax.parallel import Devices
 from mbn_jax.program import Programs
 from mbn_jax.workdir import CHECKPOINTS, load_config
 
@@ -29,9 +32,7 @@ def evaluate_run(
       UserError: where there is no run or no sound checkpoint.
     """
     config = load_config(workdir)
-    # Made on fewer devices, it need not fit these.
-    fits = config.batch_size % jax.device_count() == 0
-    program = Programs(None if fits else jax.local_devices()[:1]).get(config)
+    program = Programs(_devices_that_fit(config)).get(config)
     experiment = program.experiment
     checkpoints = Checkpoints(workdir / CHECKPOINTS)
     try:
@@ -54,3 +55,16 @@ def evaluate_run(
     evaluated = load_dataset_split(config, split) if split else experiment.test
     values = program.evaluate(config, state, evaluated)
     return {"step": int(state.step[0]), "split": evaluated.name, **values}
+
+
+def _devices_that_fit(config: ConfigDict) -> Devices:
+    """Returns all devices, or as many of this host's as the run could have been made on."""
+    counts = range(jax.local_device_count(), 0, -1)
+    for count in (jax.device_count(), *counts):
+        try:
+            validate_devices(config, count)
+        except UserError:
+            continue
+        return None if count == jax.device_count() else jax.local_devices()[:count]
+    validate_devices(config, jax.device_count())
+    return None

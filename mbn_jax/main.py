@@ -74,8 +74,11 @@ Exit status: 0 done, {USER_MISTAKE} a mistake in the input, {DIVERGED} the loss 
             f"mbn-eval --workdir={args.workdir}"
         )
     if jax.process_index() == 0:
+        recalibrated = ""
+        if "recalibrated_test_error" in values:
+            recalibrated = f" ({values['recalibrated_test_error']:.2%} recalibrated)"
         print(
-            f"{run_title(config)}: test error {values['test_error']:.2%}, test loss "
+            f"{run_title(config)}: test error {values['test_error']:.2%}{recalibrated}, test loss "
             f"{values['test_loss']:.4f} after {values['step']} steps; see "
             f"{args.workdir}/curves.png"
         )

@@ -58,7 +58,8 @@ def record_norm_inputs(
             or not wanted.search(path)
         ):
             return call(*args, **kwargs)
-        moments = _input_moments(module, args[0], mask, axis_name, kwargs.get("mask"))
+        x = args[0] if args else kwargs["x"]
+        moments = _input_moments(module, x, mask, axis_name, kwargs.get("mask"))
         if path in recorded:
             both = jax.tree.map(lambda *x: jnp.stack(x), recorded[path], moments)
             moments = pool_groups(both)
@@ -85,8 +86,10 @@ def _input_moments(
     mask: Array | None,
 ) -> Moments:
     """Returns the moments of a layer's input, exactly: in two passes."""
-    layer = module.norm(parent=None) if isinstance(module, VirtualBatches) else module
-    features = canonical_axes(x.ndim, getattr(layer, "axis", -1))
+    axis = getattr(module, "axis", -1)
+    if isinstance(module, VirtualBatches):  # Of the layer that it makes.
+        axis = getattr(module.norm, "keywords", {}).get("axis", -1)
+    features = canonical_axes(x.ndim, axis)
     axes = tuple(i for i in range(x.ndim) if i not in features)
     if examples is not None:
         examples = examples.reshape(-1, *(1,) * (x.ndim - 1))
@@ -103,8 +106,13 @@ def add_moments(totals: dict[str, Moments], recorded: dict[str, Moments]) -> dic
 
 
 def recalibrated(batch_stats: PyTree, moments: dict[str, Moments]) -> PyTree:
-    """Returns `batch_stats` with each layer's statistics replaced by `moments`, by path."""
-    return map_layers(lambda path, stats: with_moments(stats, moments["/".join(path)]), batch_stats)
+    """Returns `batch_stats` with the statistics of the layers in `moments` replaced, by path."""
+
+    def replaced(path: tuple[str, ...], stats: PyTree) -> PyTree:
+        found = moments.get("/".join(path))
+        return stats if found is None else with_moments(stats, found)
+
+    return map_layers(replaced, batch_stats)
 
 
 def recalibrate(apply: Callable[..., Any], variables: PyTree, batches: Iterable[PyTree]) -> PyTree:
@@ -113,8 +121,10 @@ def recalibrate(apply: Callable[..., Any], variables: PyTree, batches: Iterable[
     Each batch goes forward with every layer normalizing by the statistics of that batch, and the
     moments of the layers' inputs are pooled over the batches by the law of total variance. It tells
     how good the parameters are when their statistics are not at fault, and it must follow wherever
-    parameters were changed without training, by averaging them for example. Use large batches:
-    they stand for the population.
+    parameters were changed without training, by averaging them for example. Use large batches of
+    shuffled examples: each stands for the population. Layers that the model does not call keep what
+    they have; those inside `nn.scan`, `nn.vmap` or `nn.remat` cannot be seen, and JAX raises an
+    error.
 
     Args:
       apply: `apply(variables, batch, **options)` runs the model at inference:
@@ -148,8 +158,12 @@ def recalibrate(apply: Callable[..., Any], variables: PyTree, batches: Iterable[
         return add_moments(totals, recorded)
 
     totals: dict[str, Moments] = {}
-    for batch in batches:
+    count = 0
+    for count, batch in enumerate(batches, start=1):  # noqa: B007
         totals = add_batch(totals, variables, batch)
     if not totals:
-        raise ValueError("Statistics need one batch or more to be computed from, got none.")
+        raise ValueError(
+            "Statistics are computed from one batch or more, by a model that calls BatchNorm or a "
+            f"layer of mbn_jax; got {count} batches, and no such call."
+        )
     return recalibrated(variables["batch_stats"], totals)

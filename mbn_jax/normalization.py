@@ -18,11 +18,11 @@ from mbn_jax.statistics import (
     Schedule,
     batch_moments,
     first_element,
+    memory_rule,
     memory_weights,
     pool,
     push,
     transport,
-    value_at,
 )
 
 BATCH_MOMENTS = "batch_moments"
@@ -34,6 +34,9 @@ FIRST_BATCH_MOMENTS = "first_batch_moments"
 That other one saw the same batch under the parameters before the update. A layer that finds it, in
 the tree of `batch_moments`, a tuple with one entry a call, moves its memory by what changed.
 """
+
+MIN_VALUES_OF_SHIFT = 4
+"""With so few values of a feature in a batch, its shift is more noise than shift: nothing moves."""
 
 GRADIENTS = ("auto", "renorm", "through")
 
@@ -268,9 +271,9 @@ class PooledBatchNorm(BatchStatisticsNorm):
         guess, _ = pooled(kept)
         is_known = kept.count.reshape(-1, *guess.shape)[0] > 0
         batch = self._batch_moments(x, axes, mask, guess, is_known)
-        first = self._first_batch_moments()
-        if first is not None:
-            kept = transport(kept, first, batch, self.epsilon)
+        firsts = self._first_batch_moments()
+        if firsts is not None and self._values(x, axes) > MIN_VALUES_OF_SHIFT:
+            kept = self._transported(kept, firsts, batch)
         kept = pushed(kept, batch)
         mean, var = statistics_with_gradient(
             batch,
@@ -282,26 +285,46 @@ class PooledBatchNorm(BatchStatisticsNorm):
         )
         if not self.is_initializing():
             self.sow(BATCH_MOMENTS, "moments", batch)
-            if first is not None:
+            if firsts is not None:
                 self.sow(BATCH_MOMENTS, "transported", batch)
             for variable, value in zip(variables, kept, strict=True):
                 variable.value = lax.stop_gradient(value)
         return self._normalize(x, mean, var, axes, feature_axes)
 
-    def _first_batch_moments(self) -> Moments | None:
-        """Returns what the first forward of this step recorded of this call, if it is handed in."""
+    def _first_batch_moments(self) -> tuple[Moments, ...] | None:
+        """Returns what the first forward of this step recorded, call by call, if handed in."""
         if not self.has_variable(FIRST_BATCH_MOMENTS, "moments"):
             return None
-        call = len(self.get_variable(BATCH_MOMENTS, "moments", ()))
-        return self.get_variable(FIRST_BATCH_MOMENTS, "moments")[call]
+        return self.get_variable(FIRST_BATCH_MOMENTS, "moments")
+
+    def _transported(self, kept: Moments, firsts: tuple[Moments, ...], batch: Moments) -> Moments:
+        """Returns what is kept, moved by what the update did to the inputs of this call."""
+        call, calls = len(self.get_variable(BATCH_MOMENTS, "moments", ())), len(firsts)
+        moved = transport(kept, firsts[call], batch, self.epsilon)
+        if calls == 1:
+            return moved
+        if kept.mean.ndim == batch.mean.ndim:
+            raise ValueError(
+                f"{type(self).__name__} {self.name or ''} is called {calls} times in one forward; "
+                "an average cannot tell which call to move; use double_forward='rewrite'."
+            )
+        # Of the slots behind those of this forward, the ones that this call pushed.
+        age = jnp.arange(kept.mean.shape[0]) - call
+        own = (age >= 0) & (age % calls == calls - 1 - call)
+        own = own.reshape((-1,) + (1,) * batch.mean.ndim)
+        return Moments(*(jnp.where(own, new, x) for new, x in zip(moved, kept, strict=True)))
+
+    def _values(self, x: Array, axes: tuple[int, ...]) -> int:
+        """Returns how many values a feature has in a batch: masks ignored, over synced devices."""
+        values = math.prod(x.shape[axis] for axis in axes)
+        if self.axis_name is not None and not self.is_initializing():
+            values *= lax.psum(1, self.axis_name, axis_index_groups=self.axis_index_groups)
+        return values
 
     def _gradient_rule(self, x: Array, axes: tuple[int, ...]) -> str:
         if self.gradient != "auto":
             return self.gradient
-        values = math.prod(x.shape[axis] for axis in axes)
-        if self.axis_name is not None and not self.is_initializing():
-            values *= lax.psum(1, self.axis_name, axis_index_groups=self.axis_index_groups)
-        return "through" if values <= 2 else "renorm"
+        return "through" if self._values(x, axes) <= 2 else "renorm"
 
 
 class MemorizedBatchNorm(PooledBatchNorm):
@@ -325,9 +348,9 @@ class MemorizedBatchNorm(PooledBatchNorm):
 
     Attributes, beside those of flax's layer and of `PooledBatchNorm`:
       memory_size: k, the batches in the pool, the current one included; 1 is batch normalization.
-        Or a function of the batches pushed so far, an `optax` schedule for example: a memory that
+        Or a function of the training calls so far, an `optax` schedule for example: a memory that
         grows as the learning rate falls. `batch_stats` then counts them, as `steps`, and inference
-        goes by the size of the last batch.
+        goes by the size of the last one. What is not whole is rounded up, and 1 is the least.
       decay: in (0, 1], weight of a slot against the next newer one; 1 weighs all equally. Or a
         function likewise.
       memory_capacity: slots that the memory has room for; default: `memory_size`. Give it to make
@@ -390,7 +413,7 @@ class MemorizedBatchNorm(PooledBatchNorm):
             steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
             # Inference goes by the rule of the batch that was normalized last.
             step = jnp.maximum(steps.value - 1, 0) if use_running_average else steps.value
-        memory_size, decay = value_at(self.memory_size, step), value_at(self.decay, step)
+        memory_size, decay = memory_rule(self.memory_size, self.decay, step)
 
         def pooled(slots: Moments) -> tuple[Array, Array]:
             return pool(slots, memory_weights(slots.count, memory_size, decay))
@@ -438,7 +461,8 @@ def canonical_axes(rank: int, axis: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted({a % rank for a in axes}))
 
 
-def _is_number(value: Schedule) -> TypeGuard[float]:
+def is_number(value: Schedule) -> TypeGuard[float]:
+    """Returns whether a schedule is a number that can be checked before anything is traced."""
     return not callable(value) and not isinstance(value, jax.core.Tracer)
 
 
@@ -447,17 +471,17 @@ def _check_options(layer: MemorizedBatchNorm) -> None:
     size, decay, capacity = layer.memory_size, layer.decay, layer.memory_capacity
     if capacity is not None and capacity < 1:
         raise ValueError(f"memory_capacity must be 1 or more, got {capacity}.")
-    if not _is_number(size) and capacity is None:
+    if not is_number(size) and capacity is None:
         raise ValueError(
             "A memory_size that is traced or a function needs memory_capacity, the number of slots "
             "to make room for."
         )
-    if _is_number(size) and (int(size) != size or size < 1):
+    if is_number(size) and (int(size) != size or size < 1):
         raise ValueError(
             "memory_size must be a whole number of 1 or more (it counts the current batch), "
             f"got {size}."
         )
-    if _is_number(size) and capacity is not None and size > capacity:
+    if is_number(size) and capacity is not None and size > capacity:
         raise ValueError(f"memory_size must be at most memory_capacity={capacity}, got {size}.")
-    if _is_number(decay) and not 0 < decay <= 1:
+    if is_number(decay) and not 0 < decay <= 1:
         raise ValueError(f"decay must be in (0, 1], got {decay}.")

@@ -142,7 +142,7 @@ class Program:
         split = self.experiment.train
         values = replicate(config_lib.traced_values(config), self.devices)
         moments: dict[str, Moments] = {}
-        batches = self.batches_of(split, config.eval_batch_size, examples)
+        batches = self.batches_of(split, config.eval_batch_size, examples, config.seed)
         for number, batch in enumerate(batches):
             batch["number"] = replicate(np.int32(number), self.devices)
             moments = self._norm_inputs[recalibrate](
@@ -171,13 +171,16 @@ class Program:
         pooled = pool_batch_stats(gather_over_hosts(state.batch_stats))
         return replicate(pooled, self.devices)
 
-    def batches_of(self, split: Split, batch_size: int, examples: int = 0) -> Iterator[Batch]:
+    def batches_of(
+        self, split: Split, batch_size: int, examples: int = 0, crop_seed: int | None = None
+    ) -> Iterator[Batch]:
         """Yields each example of a split (or so many, evenly spaced) once, on the devices."""
         count = self.experiment.num_devices
         batches = evaluation_batches(
             split,
             math.ceil(min(batch_size, examples or len(split)) / count) * count,
             num_examples=examples,
+            crop_seed=crop_seed,
             process_index=0 if self.devices else jax.process_index(),
             process_count=1 if self.devices else jax.process_count(),
         )

@@ -10,6 +10,7 @@ from mbn_jax.diagnostics import statistics_error, update_shift
 from mbn_jax.double_forward import TrainState
 from mbn_jax.experiment import Batch
 from mbn_jax.norm_inputs import record_norm_inputs
+from mbn_jax.normalization import BATCH_MOMENTS, FIRST_BATCH_MOMENTS
 from mbn_jax.norms import LAYERS
 from mbn_jax.parallel import AXIS_NAME, first_device, replicate
 from mbn_jax.statistics import Moments
@@ -86,23 +87,25 @@ class ShiftMeter:
         new, _ = self._experiment.step(values)(state, batch)
         synced = self._experiment.config.norm.sync == "sync"
 
-        def inputs(params: PyTree) -> dict[str, Moments]:
-            variables = {"params": params, "batch_stats": state.batch_stats}
+        def inputs(params: PyTree, **collections: PyTree) -> tuple[dict[str, Moments], PyTree]:
+            variables = {"params": params, "batch_stats": state.batch_stats, **collections}
             with record_norm_inputs(
                 LAYERS,
                 self._experiment.config.shift.layers,
                 axis_name=AXIS_NAME if synced else None,
             ) as recorded:
-                self._experiment.model(values).apply(
+                _, updates = self._experiment.model(values).apply(
                     variables,
                     batch["image"],
                     train=True,
-                    mutable=["batch_stats"],
+                    mutable=["batch_stats", BATCH_MOMENTS],
                     rngs={"dropout": state.key},  # The same draws before and after.
                 )
-            return recorded
+            return recorded, updates.get(BATCH_MOMENTS, {})
 
-        before, after = inputs(state.params), inputs(new.params)
+        before, first = inputs(state.params)
+        transports = self._experiment.config.double_forward == "transport"
+        after, _ = inputs(new.params, **({FIRST_BATCH_MOMENTS: first} if transports else {}))
         stats = self._experiment.inference_statistics(state.batch_stats, values)
         shifts = {}
         for layer, moments_before in before.items():

@@ -202,6 +202,17 @@ def memory_weights(count: Array, memory_size: int | Array, decay: float | Array)
     return weight / jnp.where(total > 0, total, 1)
 
 
+def memory_rule(memory_size: Schedule, decay: Schedule, step: Array) -> tuple[Any, Any]:
+    """Returns memory size and decay at a step; a size below 1 would be no normalization.
+
+    >>> size, decay = memory_rule(lambda step: step / 10, 0.5, jnp.array(3))
+    >>> float(size), decay
+    (1.0, 0.5)
+    """
+    size = value_at(memory_size, step)
+    return jnp.maximum(size, 1) if callable(memory_size) else size, value_at(decay, step)
+
+
 def pool(slots: Moments, weights: Array) -> tuple[Array, Array]:
     """Pools the slots of a memory by the law of total variance.
 

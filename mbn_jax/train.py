@@ -30,6 +30,7 @@ from mbn_jax.program import Program, Programs
 from mbn_jax.reporting import Reporter, draw_curves, read_metrics
 from mbn_jax.workdir import CHECKPOINTS, CONFIG, open_workdir, save_config
 
+LAST_VALUES = ("step", "train_", "test_", "recalibrated_test_")
 DISPATCHES_IN_FLIGHT = 8
 STEPS_PER_BLOCK = 1024
 """Of indices that go to the devices at once; some kilobytes, and no copy in most steps."""
@@ -70,7 +71,8 @@ def train(
         is shown otherwise; what it raises ends the run. Such a run draws no curves.
 
     Returns:
-      The last values of 'train_loss', 'train_error', 'test_loss' and 'test_error', and 'step'.
+      The last values of 'train_loss', 'train_error', 'test_loss' and 'test_error', and 'step'; with
+      `recalibrate_batches`, those of 'recalibrated_test_loss' and 'recalibrated_test_error' too.
 
     Raises:
       UserError: for a configuration or data that cannot work, or a workdir of another config.
@@ -304,5 +306,5 @@ def last_values(workdir: pathlib.Path) -> dict[str, float]:
     """Returns the last training and test values on record; empty where there is no record."""
     values: dict[str, float] = {}
     for record in read_metrics(workdir):
-        values |= {k: v for k, v in record.items() if k.startswith(("step", "train_", "test_"))}
+        values |= {k: v for k, v in record.items() if k.startswith(LAST_VALUES)}
     return values

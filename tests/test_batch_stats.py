@@ -111,6 +111,10 @@ def test_started_from_a_batch_norm_checkpoint_the_network_infers_the_same(norm):
         _, updates = model.apply(started, x, train=True, mutable=["batch_stats"])
         count = updates["batch_stats"]["MemorizedBatchNorm_0"]["count"]
         assert count[:, 0].tolist() == [16.0, 1.0, 0.0, 0.0]
+    if norm == "averaged":
+        _, updates = model.apply(started, x, train=True, mutable=["batch_stats"])
+        weight = updates["batch_stats"]["AveragedBatchNorm_0"]["weight"]
+        np.testing.assert_allclose(weight, 1.8, rtol=1e-6)
 
 
 def test_what_cannot_be_folded_or_started_from_is_refused():
@@ -124,8 +128,43 @@ def test_what_cannot_be_folded_or_started_from_is_refused():
         from_batch_norm(narrow, fresh)
     ones = {"mean": jnp.ones(1), "var": jnp.ones(1)}
     both = {"batch_stats": {"BatchNorm_0": ones, "BatchRenorm_0": ones}}
+    with pytest.raises(ValueError, match="give the memory_size and the decay"):
+        to_batch_norm(fresh)
     with pytest.raises(ValueError, match=r"two layers of .*BatchRenorm_0.* would have one name"):
         to_batch_norm(both)
+
+
+def test_arrays_of_other_layers_come_from_the_checkpoint():
+    class Spectral(nn.Module):
+        norm: object
+
+        @nn.compact
+        def __call__(self, x, train):
+            x = nn.SpectralNorm(nn.Dense(4))(x, update_stats=train)
+            return self.norm(use_running_average=not train)(x)
+
+    x = data()[0]
+    old, new = Spectral(nn.BatchNorm), Spectral(NORMS["memorized"])
+    checkpoint = old.init(jax.random.key(0), x, train=False)
+    _, updates = old.apply(checkpoint, x, train=True, mutable=["batch_stats"])
+    checkpoint = {**checkpoint, **updates}
+    started = from_batch_norm(checkpoint, new.init(jax.random.key(1), x, train=False))
+    np.testing.assert_allclose(
+        new.apply(started, x, train=False), old.apply(checkpoint, x, train=False), atol=1e-6
+    )
+
+
+@pytest.mark.parametrize("double_forward", ["rewrite", "transport"])
+def test_frozen_beside_trained_memories(double_forward):
+    class Half(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = nn.relu(NORMS["memorized"](use_running_average=True)(nn.Dense(6)(x)))
+            return NORMS["memorized"](use_running_average=not train)(nn.Dense(4)(x))
+
+    state = trained(Half(), double_forward=double_forward)
+    filled = [(state.batch_stats[f"MemorizedBatchNorm_{i}"]["count"] > 0).any() for i in range(2)]
+    assert filled == [False, True]
 
 
 @every_norm
@@ -248,7 +287,7 @@ def test_nothing_to_recalibrate_is_said():
     with pytest.raises(ValueError, match="the variables have no 'batch_stats'"):
         recalibrate(dense.apply, dense.init(jax.random.key(0), data()[0]), data())
     layer = nn.BatchNorm(use_running_average=True)
-    with pytest.raises(ValueError, match="one batch or more"):
+    with pytest.raises(ValueError, match=r"one batch or more.*; got 0 batches"):
         recalibrate(layer.apply, layer.init(jax.random.key(0), data()[0]), [])
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
+from mbn_jax.config import default_config, validate
 from mbn_jax.datasets.images import load_split
 from mbn_jax.datasets.pipeline import (
     BatchOrder,
@@ -19,6 +20,7 @@ from mbn_jax.datasets.pipeline import (
     take,
     training_blocks,
 )
+from mbn_jax.datasets.standard import STANDARD, standard_dataset
 from mbn_jax.errors import UserError
 
 
@@ -80,9 +82,15 @@ def test_batches_of_few_classes(train, classes):
 def test_batches_of_few_classes_need_enough_examples(data_dir, train):
     with pytest.raises(UserError, match="needs 300 examples of a class"):
         blocks(train, batch_size=300, classes_per_batch=1, num_steps=1)
+
+
+def test_a_split_on_disk_has_batches_of_few_classes_too(data_dir, train):
     on_disk = load_split("digits", "train", data_dir=data_dir, max_bytes_in_memory=0)
-    with pytest.raises(UserError, match="needs a split in memory"):
-        blocks(on_disk, classes_per_batch=1, num_steps=1)
+    assert (on_disk.read_labels() == train.labels).all()
+    options = {"classes_per_batch": 2, "num_steps": 4, "first_step": 0, "steps_per_block": 4}
+    decoded, looked_up = (blocks(split, **options) for split in (on_disk, train))
+    assert (decoded[0]["label"] == train.labels[looked_up[0]["index"]]).all()
+    assert {len(set(labels)) for labels in decoded[0]["label"]} <= {1, 2}
 
 
 def test_order_depends_on_seed_and_resumes_at_any_step(train):
@@ -113,6 +121,116 @@ def test_a_split_on_disk_gives_the_same_batches_as_one_in_memory(data_dir, train
     assert np.allclose(pixel_statistics(on_disk), pixel_statistics(train), atol=0)
 
 
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A folder with a set of 40 images of many sizes, whose pixels tell where they are."""
+    import tensorflow_datasets as tfds
+    from PIL import Image
+
+    class Pictures(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(shape=(None, None, 3)),
+                "label": tfds.features.ClassLabel(num_classes=4),
+            }
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict(features),
+                supervised_keys=("image", "label"),
+            )
+
+        def _split_generators(self, dl_manager):
+            return {"train": self._generate_examples()}
+
+        def _generate_examples(self):
+            for i in range(40):
+                width, height = 30 + i, 69 - i
+                image = np.zeros((height, width, 3), np.uint8)
+                image[..., 0] = 3 * np.arange(width)[None]
+                image[..., 1] = 3 * np.arange(height)[:, None]
+                image[..., 2] = i
+                yield i, {"image": Image.fromarray(image), "label": i % 4}
+
+    folder = tmp_path_factory.mktemp("pictures")
+    Pictures(data_dir=folder, file_format="array_record").download_and_prepare()
+    return str(folder)
+
+
+def boxes(batch):
+    """Returns left, right, upper and lower of what was cropped, in pixels, about."""
+    image = batch["image"].astype(float) / 3
+    ends = (image[..., 8, 0, 0], image[..., 8, -1, 0], image[..., 0, 8, 1], image[..., -1, 8, 1])
+    return np.stack(ends, -1)
+
+
+def test_random_resized_crops_are_drawn_by_seed_step_and_position(pictures):
+    split = load_split(
+        "pictures", "train", data_dir=pictures, image_size=16, random_resized_crop=True
+    )
+    assert split.images is None
+    assert split.image_shape == (16, 16, 3)
+    options = {"batch_size": 20, "num_steps": 20, "first_step": 0, "steps_per_block": 4}
+    runs = [blocks(split, **options) for _ in range(2)]
+    for block, again in zip(*runs, strict=True):
+        assert (block["image"] == again["image"]).all()
+    drawn = np.concatenate([boxes(block) for block in runs[0]]).reshape(-1, 4)
+    which = np.concatenate([block["image"][..., 8, 8, 2] for block in runs[0]]).reshape(-1)
+    left, right, upper, lower = drawn.T
+    area = (right - left) * (lower - upper) / ((30.0 + which) * (69.0 - which))
+    # 8 to 100 % of the image, from pixel centre to pixel centre of what it was resized to.
+    assert 0.03 < area.min() < 0.15
+    assert 0.7 < area.max() < 1.0
+    # Each image comes ten times, never cropped alike.
+    assert len(np.unique(drawn.round(2), axis=0)) > 390
+    later = blocks(split, **{**options, "first_step": 12})
+    assert (later[0]["image"] == runs[0][3]["image"]).all()
+    hosts = [blocks(split, **options, process_index=i, process_count=2) for i in range(2)]
+    whole = np.concatenate([host[0]["image"] for host in hosts], axis=1)
+    assert (whole == runs[0][0]["image"]).all()
+
+
+def test_worker_processes_decode_the_same(pictures):
+    split = load_split(
+        "pictures", "train", data_dir=pictures, image_size=16, random_resized_crop=True
+    )
+    options = {"batch_size": 4, "num_steps": 6, "first_step": 1, "steps_per_block": 2}
+    plain, by_workers = (blocks(split, **options, num_workers=n) for n in (0, 2))
+    assert [len(block["label"]) for block in by_workers] == [2, 2, 1]
+    for a, b in zip(plain, by_workers, strict=True):
+        assert (a["image"] == b["image"]).all()
+        assert (a["label"] == b["label"]).all()
+
+
+def test_evaluation_sees_the_centre(pictures):
+    split = load_split(
+        "pictures", "train", data_dir=pictures, image_size=16, random_resized_crop=True
+    )
+    batch = next(evaluation_batches(split, 40))
+    which = batch["image"][:, 8, 8, 2].astype(float)
+    sides = np.minimum(30 + which, 69 - which) * 7 / 8
+    seeded = next(evaluation_batches(split, 40, crop_seed=0))
+    assert (seeded["label"] == batch["label"]).all()
+    assert (seeded["image"] != batch["image"]).any()
+    left, right, upper, lower = boxes(batch).T
+    # Half a pixel of the result is side / 32 pixels of the image, on each side.
+    np.testing.assert_allclose(right - left, sides * 15 / 16, atol=0.7)
+    np.testing.assert_allclose(lower - upper, sides * 15 / 16, atol=0.7)
+    np.testing.assert_allclose((left + right + 1) / 2, (30 + which) / 2, atol=0.7)
+    squashed = load_split("pictures", "train", data_dir=pictures, image_size=16)
+    assert squashed.images.shape == (40, 16, 16, 3)
+
+
+def test_the_table_of_standard_sets_has_fields_of_the_config():
+    for name in STANDARD:
+        config = default_config()
+        config.dataset.update(standard_dataset(name))
+        validate(config)
+        assert config.dataset.name == name
+    assert STANDARD["imagenet2012"]["random_resized_crop"]
+
+
 def test_evaluation_counts_every_example_once(train):
     batches = list(evaluation_batches(train, 100))
     assert {len(batch["mask"]) for batch in batches} == {100}
@@ -123,6 +241,8 @@ def test_evaluation_counts_every_example_once(train):
 def test_evaluation_on_a_few_is_on_some_of_everywhere(train):
     batches = list(evaluation_batches(train, 100, num_examples=250))
     counted = np.concatenate([batch["index"][batch["mask"]] for batch in batches])
+    assert (np.diff(counted) < 0).any()  # In no order.
+    counted = np.sort(counted)
     assert (len(counted), counted[0], counted[-1]) == (250, 0, 1436)
     assert set(np.diff(counted)) == {5, 6}
 

@@ -6,6 +6,7 @@ import re
 import pytest
 
 from mbn_jax.config import validate
+from mbn_jax.config_files import parse_config
 from mbn_jax.sweeps.command import load_sweep
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -37,6 +38,12 @@ def test_every_experiment_is_a_sweep_that_can_be_declared(experiment):
         validate(member.config(config))
     _, config = load_sweep(str(experiment), ["--config.dataset.name=cifar10"], None)
     assert (config.dataset.name, config.dataset.image_size) == ("cifar10", 16)
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.py")), ids=lambda p: p.stem)
+def test_every_config_is_valid_and_says_how_to_run_it(path):
+    validate(parse_config(str(path), []))
+    assert f"mbn-train --config=configs/{path.name} " in path.read_text()
 
 
 @pytest.mark.parametrize("page", [p.read_text() for p in PAGES], ids=[p.name for p in PAGES])

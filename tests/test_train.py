@@ -16,6 +16,7 @@ import pytest
 from mbn_jax.batch_stats import pool_batch_stats
 from mbn_jax.checkpoints import Checkpoints
 from mbn_jax.config import default_config, traced_values
+from mbn_jax.config_files import with_fields
 from mbn_jax.errors import UserError
 from mbn_jax.evaluation import evaluate_run
 from mbn_jax.experiment import Experiment
@@ -268,6 +269,104 @@ def test_bfloat16_computes_in_it_and_keeps_float32_state(config):
     new = jax.eval_shape(program.dispatch(1), *args)[0]
     kept = jax.tree.leaves((new.params, new.batch_stats))
     assert {x.dtype for x in kept} == {jnp.dtype("float32")}
+
+
+MEMORIES = {
+    "transport": {"double_forward": "transport"},
+    "averaged": {"double_forward": "transport", "norm.name": "averaged", "norm.sync": "local"},
+    "growing": {"norm.memory_schedule.start_size": 4, "norm.memory_schedule.end": 0.5},
+    "virtual": {"norm.virtual_batch_size": 8, "double_forward": "transport"},
+    "virtual, local": {"norm.virtual_batch_size": 1, "norm.sync": "local"},
+    "virtual batch": {"norm.virtual_batch_size": 8, "norm.name": "batch"},
+}
+
+
+@pytest.mark.parametrize("fields", MEMORIES.values(), ids=MEMORIES)
+def test_whatever_memory_there_is_is_saved_evaluated_and_recalibrated(
+    config, tmp_path, monkeypatch, fields
+):
+    config = with_fields(config, fields, "the test")
+    config.recalibrate_batches = 2
+    config.eval_batch_size = 320
+    values = train(config, tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        kill_after(patch, saves=2)
+        with pytest.raises(KeyboardInterrupt):
+            train(config, tmp_path / "killed")
+    assert train(config, tmp_path / "killed") == values
+    assert_same_bits(*(final_state(config, tmp_path / name) for name in ("whole", "killed")))
+    evaluated = evaluate_run(tmp_path / "whole")
+    assert evaluated["error"] == values["test_error"]
+    # Two batches of 320 are all of the training split.
+    recalibrated = evaluate_run(tmp_path / "whole", recalibrate_batches=2)
+    assert recalibrated["error"] == values["recalibrated_test_error"]
+    assert recalibrated["loss"] == pytest.approx(values["recalibrated_test_loss"], rel=1e-6)
+    assert recalibrated["loss"] != evaluated["loss"]
+
+
+def test_recalibration_is_by_the_moments_of_the_training_images(config, tmp_path):
+    config.num_epochs = 0.5
+    config.dataset.crop_padding = 0
+    config.eval_batch_size = 640
+    config.model.features = (4,)
+    train(config, tmp_path)
+    program = PROGRAMS.get(config)
+    state = jax.tree.map(lambda x: x[0], final_state(config, tmp_path))
+    moments = program.norm_inputs(
+        config, replicate(state.params), replicate(state.batch_stats), 0, recalibrate=True
+    )
+    images = program.experiment.images({"image": jnp.asarray(program.experiment.train.images)})
+    inputs = jax.lax.conv_general_dilated(
+        images,
+        state.params["Conv_0"]["kernel"],
+        (1, 1),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    inputs = np.asarray(inputs, np.float64).reshape(-1, 4)
+    (found,) = (jax.tree.map(lambda x: x[0], m) for m in moments.values())
+    # Float32 sums over 41,000 pixels.
+    np.testing.assert_allclose(found.mean, inputs.mean(0), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(found.var, inputs.var(0), rtol=1e-4)
+    assert found.count.tolist() == [len(inputs)] * 4
+
+
+def test_nothing_to_recalibrate_is_said(config, tmp_path):
+    config.num_epochs = 0.1
+    config.norm.name = "group"
+    config.recalibrate_batches = 1
+    assert "recalibrated_test_error" not in train(config, tmp_path)
+    with pytest.raises(UserError, match=r"keeps no statistics \(norm 'group'\)"):
+        evaluate_run(tmp_path, recalibrate_batches=1)
+
+
+def test_a_held_out_tenth_is_not_trained_on(config, tmp_path):
+    config.dataset.train_split = "train"
+    config.dataset.validation = True
+    config.num_epochs = 0.1
+    experiment = Experiment.build(config)
+    assert (len(experiment.train), len(experiment.test)) == (1293, 144)
+    train(config, tmp_path)
+    assert evaluate_run(tmp_path)["split"] == "train[90%:]"
+
+
+def test_random_crops_on_the_host_train_alike_by_threads_and_by_processes(config, tmp_path):
+    config.dataset.random_resized_crop = True
+    config.dataset.image_size = 8
+    config.dataset.crop_padding = 0
+    config.num_epochs = 0.3
+    ends = []
+    for workers in (0, 2):
+        config.dataset.num_workers = workers
+        train(config, tmp_path / str(workers))
+        ends.append(final_state(config, tmp_path / str(workers)))
+    assert_same_bits(*ends)
+    config.dataset.random_resized_crop = False
+    train(config, tmp_path / "whole")
+    kernels = [
+        s.params["Conv_0"]["kernel"] for s in (ends[0], final_state(config, tmp_path / "whole"))
+    ]
+    assert np.abs(kernels[0] - kernels[1]).max() > 1e-3
 
 
 def test_one_device_and_eight_give_the_same_run(config, tmp_path):

@@ -76,11 +76,14 @@ class Split:
         labels = np.array([example["label"] for example in examples], np.int32)
         return {"image": np.stack(images), "label": labels}
 
-    def read_in_threads(self, indices: np.ndarray) -> dict[str, np.ndarray]:
-        """Reads many examples, as `read` does without keys."""
-        chunks = np.array_split(indices, max(1, len(indices) // 512))
+    def read_in_threads(
+        self, indices: np.ndarray, keys: Sequence[tuple[int, ...]] = ()
+    ) -> dict[str, np.ndarray]:
+        """Reads many examples, as `read` does."""
+        starts = range(0, len(indices), 64)
+        chunks = [(indices[i : i + 64], keys[i : i + 64]) for i in starts]
         with ThreadPoolExecutor() as pool:  # PNG decoding releases the interpreter lock.
-            parts = list(pool.map(self.read, chunks))
+            parts = list(pool.map(self.read, *zip(*chunks, strict=True)))
         return {key: np.concatenate([part[key] for part in parts]) for key in parts[0]}
 
     def read_labels(self) -> np.ndarray:
@@ -249,7 +252,7 @@ def random_box(size: tuple[int, int], key: Sequence[int]) -> Box:
     True
     """
     height, width = size
-    rng = np.random.default_rng(tuple(key))
+    rng = np.random.default_rng((*key, 1))  # Not the stream of an epoch's order.
     for _ in range(10):
         area = height * width * rng.uniform(0.08, 1.0)
         ratio = np.exp(rng.uniform(np.log(3 / 4), np.log(4 / 3)))

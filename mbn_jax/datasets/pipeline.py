@@ -153,6 +153,7 @@ def evaluation_batches(
     batch_size: int,
     *,
     num_examples: int = 0,
+    crop_seed: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
 ) -> Iterator[dict[str, np.ndarray]]:
@@ -163,7 +164,9 @@ def evaluation_batches(
     Args:
       split: what to read.
       batch_size: global, a multiple of `process_count`.
-      num_examples: only so many, evenly spaced; 0: all.
+      num_examples: only so many, evenly spaced, in an order without pattern, so that each batch is
+        a fair sample; 0: all, as they are stored.
+      crop_seed: of random crops, where the split has them; None: the centre.
       process_index: of this host.
       process_count: number of hosts.
 
@@ -174,10 +177,14 @@ def evaluation_batches(
     local = batch_size // process_count
     count = min(num_examples or len(split), len(split))
     examples = np.linspace(0, len(split) - 1, count).round().astype(np.int32)
+    if num_examples:
+        examples = np.random.default_rng(0).permutation(examples)
     for start in range(process_index * local, count + process_index * local, batch_size):
         positions = np.arange(start, start + local)
         indices = examples[np.minimum(positions, count - 1)]
-        batch = {"index": indices} if split.images is not None else split.read(indices)
+        keys = [(crop_seed, int(p)) for p in positions] if crop_seed is not None else []
+        in_memory = split.images is not None
+        batch = {"index": indices} if in_memory else split.read_in_threads(indices, keys)
         yield {**batch, "mask": positions < count}
 
 

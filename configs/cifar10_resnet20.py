@@ -1,0 +1,27 @@
+"""ResNet-20 on CIFAR-10 by the recipe of He et al. (2016), section 4.2; a memory of 8 batches.
+
+    mbn-train --config=configs/cifar10_resnet20.py --workdir=runs/cifar10_resnet20
+
+SGD, batch 128, momentum 0.9, 64,000 steps, rate 0.1 divided by 10 twice. Not run here at this
+length, which takes a day or more on 2 CPU cores.
+"""
+
+from mbn_jax.config import default_config
+from mbn_jax.datasets.standard import standard_dataset
+
+
+def get_config():
+    """Returns the configuration."""
+    config = default_config()
+    config.dataset.update(standard_dataset("cifar10"))
+    config.model.name = "cifar_resnet20"
+    config.batch_size = 128
+    config.num_epochs = 164.0
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.weight_decay = 1e-4
+    config.schedule.name = "step"
+    config.schedule.step_epochs = (82.0, 123.0)
+    config.norm.memory_size = 8
+    config.norm.decay = 1.0
+    config.recalibrate_batches = 20
+    return config

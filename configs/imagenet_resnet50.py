@@ -1,0 +1,32 @@
+"""ResNet-50 (v1.5) on ImageNet, for 8 accelerators; a memory of 8 batches on each.
+
+    mbn-train --config=configs/imagenet_resnet50.py --workdir=runs/imagenet_resnet50
+
+As Goyal et al. (arXiv 1706.02677) train it: batch 256 at rate 0.1 (larger ones in proportion),
+warm-up of 5 epochs, 90 epochs, the last scale of each block 0 at first; but the rate decayed to 0
+along a cosine. Every device keeps statistics of its own, of 32 images a batch, which is where a
+memory is of use. Not run here. Smaller: --config.model.name=resnet18.
+"""
+
+from mbn_jax.config import default_config
+from mbn_jax.datasets.standard import standard_dataset
+
+
+def get_config():
+    """Returns the configuration."""
+    config = default_config()
+    config.dataset.update(standard_dataset("imagenet2012"))
+    config.model.name = "resnet50"
+    config.model.zero_init_last_scale = True
+    config.model.dtype = "bfloat16"
+    config.batch_size = 256
+    config.num_epochs = 90.0
+    config.optimizer.learning_rate = 0.1
+    config.optimizer.weight_decay = 1e-4
+    config.schedule.warmup_epochs = 5.0
+    config.norm.sync = "local"
+    config.norm.memory_size = 8
+    config.norm.decay = 1.0
+    config.recalibrate_batches = 50
+    config.eval_batch_size = 1024
+    return config
