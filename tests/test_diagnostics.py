@@ -81,6 +81,27 @@ def test_shift_of_the_first_layer_by_hand(config, count, norm):
     assert measured["shift_mean"] == pytest.approx(np.mean(layers))
 
 
+@pytest.mark.parametrize("mode", ["rewrite", "transport"])
+def test_shift_of_a_deep_layer_is_that_of_the_second_forward(config, mode):
+    config.double_forward = mode
+    config.optimizer.learning_rate = 0.5
+    devices = jax.devices()[:1]
+    program, state, values, data, block = after_steps(config, devices, 3)
+    measured = program.shift.measure(config, state, block)
+    before = jax.device_get(state)
+    state, _ = program.dispatch(1)(state, values, data, block)
+    # Its statistics after the update are those that the step itself pushed.
+    layer = "MemorizedBatchNorm_1"
+    old, new = (jax.tree.map(lambda x: x[0], s.batch_stats[layer]) for s in (before, state))
+    config.double_forward = "off"  # What the first forward pushes.
+    first, _ = Programs(devices).get(config).dispatch(1)(before, values, data, block)
+    first = jax.tree.map(lambda x: x[0], first.batch_stats[layer])
+    var = old["var"][:3].mean(0) + old["mean"][:3].var(0) + 1e-5
+    moved = np.sqrt((np.square(new["mean"][0] - first["mean"][0]) / var).mean())
+    # Float32 differences of means.
+    assert measured[f"shift_mean/{layer}"] == pytest.approx(moved, rel=1e-3)
+
+
 @pytest.mark.parametrize("count", [1, 8])
 def test_a_memory_of_the_whole_population_is_without_error(config, count):
     config.optimizer.learning_rate = 1e-30  # The parameters stay.

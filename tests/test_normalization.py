@@ -465,6 +465,56 @@ def test_inference_on_the_newest_batch_is_its_training_output(gradient, masked):
     np.testing.assert_allclose(y_inference, y, rtol=0, atol=1e-6 * np.abs(y).max())
 
 
+def test_a_schedule_is_the_rule_of_its_step_in_training_and_at_inference():
+    sizes, decays = (1, 1, 2, 3, 4, 4), (1.0, 0.75, 0.5, 0.5, 0.5, 0.5)
+    growing = MemorizedBatchNorm(
+        memory_capacity=4,
+        memory_size=optax.linear_schedule(0, 4, 4),  # 0 and 0.1 are 1, 1.1 is 2.
+        decay=optax.linear_schedule(1.0, 0.5, 2),
+    )
+    data = [normal(6, 3, seed=seed, mean=seed) for seed in range(6)]
+    variables = growing.init(jax.random.key(0), data[0], use_running_average=True)
+    for x, size, decay in zip(data, sizes, decays, strict=True):
+        fixed = MemorizedBatchNorm(memory_capacity=4, memory_size=size, decay=decay)
+        stats = {k: v for k, v in variables["batch_stats"].items() if k != "steps"}
+        expected, fixed_after = train(
+            fixed, {**variables, "batch_stats": stats}, x, use_running_average=False
+        )
+        y, variables = train(growing, variables, x, use_running_average=False)
+        close(y, expected)
+        close(
+            growing.apply(variables, x, use_running_average=True),
+            fixed.apply(fixed_after, x, use_running_average=True),
+        )
+    assert int(variables["batch_stats"]["steps"]) == 6
+
+
+@pytest.mark.parametrize("decay", [0.7, 1.0])
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_average_is_a_memory_without_end(decay, masked):
+    average = AveragedBatchNorm(decay=decay)
+    memory = MemorizedBatchNorm(decay=decay, memory_size=8)
+    data = [normal(5, 4, 3, seed=seed, mean=seed, std=1 + seed) for seed in range(6)]
+    states = [layer.init(jax.random.key(0), data[0], True) for layer in (average, memory)]
+    for seed, x in enumerate(data):
+        mask = jnp.asarray(np.random.default_rng(seed).random(x.shape) < 0.6) if masked else None
+        if masked and seed == 3:
+            mask = mask.at[..., 1].set(False)  # A feature that is masked out pushes nothing.
+
+        def loss(x, layer, state, mask=mask):
+            y, state = train(layer, state, x, use_running_average=False, mask=mask)
+            y = y if mask is None else jnp.where(mask, y, 0)
+            return (y**3).sum(), (y, state)
+
+        results = []
+        for i, layer in enumerate((average, memory)):
+            grad, (y, states[i]) = jax.grad(loss, has_aux=True)(x, layer, states[i])
+            results.append((y, layer.apply(states[i], x, True), grad))
+        # The same sums in another order; gradients of cubes.
+        for one, other in zip(*results, strict=True):
+            np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-4)
+
+
 def test_empty_memory_is_mean_0_and_variance_1():
     x = normal(4, 3, mean=5)
     layer = MemorizedBatchNorm(use_running_average=True)
@@ -862,6 +912,19 @@ def test_groups_of_devices_are_batches_of_their_own(fast):
 def test_impossible_options_are_refused_on_construction(options, message):
     with pytest.raises(ValueError, match=message):
         MemorizedBatchNorm(**options)
+
+
+@pytest.mark.parametrize(
+    ("decay", "message"),
+    [
+        (0.0, r"decay must be in \(0, 1\], got 0.0"),
+        (np.float32(3), r"decay must be in \(0, 1\], got 3"),
+        (lambda step: 0.5, "takes a number as decay, got a function"),
+    ],
+)
+def test_impossible_decays_of_an_average_are_refused(decay, message):
+    with pytest.raises(ValueError, match=message):
+        AveragedBatchNorm(decay=decay)
 
 
 def test_traced_memory_size_needs_a_capacity():

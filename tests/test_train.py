@@ -304,6 +304,38 @@ def test_whatever_memory_there_is_is_saved_evaluated_and_recalibrated(
     assert recalibrated["loss"] != evaluated["loss"]
 
 
+def test_virtual_batches_of_each_device_start_from_the_pool_on_fewer_devices(config, tmp_path):
+    config.norm.sync = "local"
+    config.norm.virtual_batch_size = 2
+    config.num_epochs = 0.5
+    train_anew(config, tmp_path, programs=Programs(jax.devices()[:4]))
+    config.batch_size = 16  # On two devices: four groups each, where it was two.
+    ends = []
+    for count in (4, 2):
+        devices = jax.devices()[:count]
+        program = Programs(devices).get(config)
+        checkpoints = Checkpoints(tmp_path / CHECKPOINTS)
+        state = checkpoints.restore(
+            program.initial_state(config), local_statistics=True, devices=devices
+        )
+        checkpoints.close()
+        counts = state.batch_stats["VirtualBatches_0"]["count"]
+        assert counts.shape[:2] == (count, 8 // count)
+        ends.append(program.evaluate(config, state))
+    # All groups pooled, in one step or in two; float32.
+    assert ends[0]["error"] == ends[1]["error"]
+    assert ends[0]["loss"] == pytest.approx(ends[1]["loss"], rel=1e-5)
+
+
+def test_a_run_is_evaluated_on_the_devices_that_it_fits(config, tmp_path):
+    config.batch_size = 12
+    config.num_epochs = 0.2
+    config.norm.virtual_batch_size = 3
+    config.norm.sync = "local"
+    values = train_anew(config, tmp_path, programs=Programs(jax.devices()[:4]))
+    assert evaluate_run(tmp_path)["error"] == values["test_error"]
+
+
 def test_recalibration_is_by_the_moments_of_the_training_images(config, tmp_path):
     config.num_epochs = 0.5
     config.dataset.crop_padding = 0

@@ -34,6 +34,7 @@ FIGURES = "figures"
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9", "#E69F00", "#000000")
 MARKERS = "osD^vPX"
 DASHES = ("-", "--", "-.", ":")
+LINES_BESIDE_A_LEGEND = 4  # With more, the legend would cover them.
 PERCENT = ("test_error", "train_error", "recalibrated_test_error")
 
 STYLE = """
@@ -163,11 +164,16 @@ def draw(
             plain = FuncFormatter(lambda value, _: f"{value:g}")
             plot.yaxis.set_major_formatter(plain)
             plot.yaxis.set_minor_formatter(plain if high < 10 * low else NullFormatter())
-        else:
+        elif plot.get_ylim()[0] < plot.get_ylim()[1] / 2:  # From 0, but where that hides all.
             plot.set_ylim(bottom=0)
         plot.grid(alpha=0.3)
     if figure["lines"]:
-        grid.flat[0].legend(title=_label(figure["lines"]), fontsize=8, title_fontsize=8)
+        options = {"title": _label(figure["lines"]), "fontsize": 8, "title_fontsize": 8}
+        if len(lines) > LINES_BESIDE_A_LEGEND:
+            handles = grid.flat[0].get_legend_handles_labels()
+            canvas.legend(*handles, loc="outside right upper", **options)
+        else:
+            grid.flat[0].legend(**options)
     content = io.BytesIO()
     canvas.savefig(content, format="png", dpi=160)
     return content.getvalue()
