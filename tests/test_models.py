@@ -1,6 +1,7 @@
 """Networks: as large as published, blind to their norm, computing in the dtype asked for."""
 
 import functools
+import itertools
 
 import flax.linen as nn
 import jax
@@ -43,8 +44,16 @@ def test_parameters_are_those_published(name, size, classes, params):
     assert sum(x.size for x in jax.tree.leaves(variables["params"])) == params
 
 
-@pytest.mark.parametrize("name", MODELS)
-@pytest.mark.parametrize("norm", NORMS)
+ONE_OF_EACH_KIND = ("convnet", "cifar_resnet8", "resnet18", "resnet50", "vgg16")
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [
+        *itertools.product(ONE_OF_EACH_KIND, NORMS),
+        *((name, "memorized") for name in MODELS if name not in ONE_OF_EACH_KIND),
+    ],
+)
 def test_every_network_takes_every_norm(name, norm):
     config = default_config()
     config.model.name, config.norm.name, config.norm.sync = name, norm, "local"

@@ -271,13 +271,12 @@ def test_bfloat16_computes_in_it_and_keeps_float32_state(config):
     assert {x.dtype for x in kept} == {jnp.dtype("float32")}
 
 
+TWO_DEVICES = Programs(jax.devices()[:2])
 MEMORIES = {
-    "transport": {"double_forward": "transport"},
+    "transport": {"double_forward": "transport", "norm.virtual_batch_size": 8},
     "averaged": {"double_forward": "transport", "norm.name": "averaged", "norm.sync": "local"},
     "growing": {"norm.memory_schedule.start_size": 4, "norm.memory_schedule.end": 0.5},
-    "virtual": {"norm.virtual_batch_size": 8, "double_forward": "transport"},
-    "virtual, local": {"norm.virtual_batch_size": 1, "norm.sync": "local"},
-    "virtual batch": {"norm.virtual_batch_size": 8, "norm.name": "batch"},
+    "batch": {"norm.virtual_batch_size": 2, "norm.name": "batch", "norm.sync": "local"},
 }
 
 
@@ -288,20 +287,35 @@ def test_whatever_memory_there_is_is_saved_evaluated_and_recalibrated(
     config = with_fields(config, fields, "the test")
     config.recalibrate_batches = 2
     config.eval_batch_size = 320
-    values = train(config, tmp_path / "whole")
+    values = train(config, tmp_path / "whole", programs=TWO_DEVICES)
     with monkeypatch.context() as patch:
         kill_after(patch, saves=2)
         with pytest.raises(KeyboardInterrupt):
-            train(config, tmp_path / "killed")
-    assert train(config, tmp_path / "killed") == values
-    assert_same_bits(*(final_state(config, tmp_path / name) for name in ("whole", "killed")))
-    evaluated = evaluate_run(tmp_path / "whole")
-    assert evaluated["error"] == values["test_error"]
-    # Two batches of 320 are all of the training split.
-    recalibrated = evaluate_run(tmp_path / "whole", recalibrate_batches=2)
+            train(config, tmp_path / "killed", programs=TWO_DEVICES)
+    assert train(config, tmp_path / "killed", programs=TWO_DEVICES) == values
+    states = []
+    for name in ("whole", "killed"):
+        checkpoints = Checkpoints(tmp_path / name / CHECKPOINTS)
+        program = TWO_DEVICES.get(config)
+        state = checkpoints.restore(
+            program.initial_state(config),
+            local_statistics=program.experiment.local_statistics,
+            devices=TWO_DEVICES.devices,
+        )
+        checkpoints.close()
+        states.append(jax.device_get(state.replace(key=jax.random.key_data(state.key))))
+    assert_same_bits(*states)
+    assert values["recalibrated_test_loss"] != values["test_loss"]
+
+
+def test_a_run_is_recalibrated_after_it_too(config, tmp_path):
+    config.recalibrate_batches = 2  # Of 320: all of the training split.
+    config.eval_batch_size = 320
+    values = train(config, tmp_path)
+    assert evaluate_run(tmp_path)["error"] == values["test_error"]
+    recalibrated = evaluate_run(tmp_path, recalibrate_batches=2)
     assert recalibrated["error"] == values["recalibrated_test_error"]
     assert recalibrated["loss"] == pytest.approx(values["recalibrated_test_loss"], rel=1e-6)
-    assert recalibrated["loss"] != evaluated["loss"]
 
 
 def test_virtual_batches_of_each_device_start_from_the_pool_on_fewer_devices(config, tmp_path):
