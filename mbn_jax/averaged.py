@@ -4,7 +4,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mbn_jax.normalization import PooledBatchNorm, is_number
-from mbn_jax.statistics import Array, Moments, abs_sq
+from mbn_jax.statistics import Array, Moments, abs_sq, is_usable
 
 
 class AveragedBatchNorm(PooledBatchNorm):
@@ -82,7 +82,7 @@ class AveragedBatchNorm(PooledBatchNorm):
             return average.mean, average.var
 
         def pushed(average: Moments, batch: Moments) -> Moments:
-            usable = (batch.count > 0) & jnp.isfinite(batch.mean) & jnp.isfinite(batch.var)
+            usable = is_usable(batch)
             weight = self.decay * average.count + 1
             share = 1 / weight
             moved = batch.mean - average.mean

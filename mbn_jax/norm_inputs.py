@@ -61,8 +61,7 @@ def record_norm_inputs(
         x = args[0] if args else kwargs["x"]
         moments = _input_moments(module, x, mask, axis_name, kwargs.get("mask"))
         if path in recorded:
-            both = jax.tree.map(lambda *x: jnp.stack(x), recorded[path], moments)
-            moments = pool_groups(both)
+            moments = _pool_two(recorded[path], moments)
         recorded[path] = moments
         if normalize_by_them:
             stats = module.variables["batch_stats"]
@@ -101,8 +100,11 @@ def add_moments(totals: dict[str, Moments], recorded: dict[str, Moments]) -> dic
     """Pools two batches' moments, layer by layer; `totals` may be empty."""
     if not totals:
         return recorded
-    both = jax.tree.map(lambda *x: jnp.stack(x), totals, recorded)
-    return {layer: pool_groups(moments) for layer, moments in both.items()}
+    return {layer: _pool_two(totals[layer], moments) for layer, moments in recorded.items()}
+
+
+def _pool_two(one: Moments, other: Moments) -> Moments:
+    return pool_groups(jax.tree.map(lambda *x: jnp.stack(x), one, other))
 
 
 def recalibrated(batch_stats: PyTree, moments: dict[str, Moments]) -> PyTree:

@@ -72,6 +72,17 @@ def _statistics_options(config: ConfigDict, num_devices: int) -> dict:
     return options
 
 
+def _pooled_options(config: ConfigDict, num_devices: int) -> dict:
+    """Returns what every layer takes that normalizes by a pool with the batch in it."""
+    norm = config.norm
+    return {
+        "gradient": norm.gradient,
+        "r_max": norm.r_max or None,
+        "d_max": norm.d_max or None,
+        **_statistics_options(config, num_devices),
+    }
+
+
 def _memorized(config: ConfigDict, num_devices: int, total_steps: int) -> Callable[..., nn.Module]:
     norm = config.norm
     memory_size, decay = memory_rule(config, total_steps)
@@ -80,10 +91,7 @@ def _memorized(config: ConfigDict, num_devices: int, total_steps: int) -> Callab
         memory_size=memory_size,
         memory_capacity=norm.memory_capacity or norm.memory_size,
         decay=decay,
-        gradient=norm.gradient,
-        r_max=norm.r_max or None,
-        d_max=norm.d_max or None,
-        **_statistics_options(config, num_devices),
+        **_pooled_options(config, num_devices),
     )
 
 
@@ -91,10 +99,7 @@ def _averaged(config: ConfigDict, num_devices: int, total_steps: int) -> Callabl
     return functools.partial(
         AveragedBatchNorm,
         decay=config.norm.decay,
-        gradient=config.norm.gradient,
-        r_max=config.norm.r_max or None,
-        d_max=config.norm.d_max or None,
-        **_statistics_options(config, num_devices),
+        **_pooled_options(config, num_devices),
     )
 
 

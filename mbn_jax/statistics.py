@@ -249,6 +249,11 @@ def pool(slots: Moments, weights: Array) -> tuple[Array, Array]:
     return mean, jnp.where(filled, var, jnp.ones_like(var))
 
 
+def is_usable(moments: Moments) -> Array:
+    """Returns where moments are of something, and finite."""
+    return (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
+
+
 def push(slots: Moments, moments: Moments) -> Moments:
     """Puts a batch's moments in front of the memory and drops the oldest slot.
 
@@ -266,7 +271,7 @@ def push(slots: Moments, moments: Moments) -> Moments:
     >>> push(empty, Moments(jnp.array(5.0), jnp.array(2.0), jnp.array(8.0))).mean.tolist()
     [5.0, 0.0]
     """
-    usable = (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
+    usable = is_usable(moments)
 
     def shift(slot: Array, new: Array) -> Array:
         shifted = jnp.concatenate([new[None].astype(slot.dtype), slot[:-1]])
@@ -318,9 +323,7 @@ def transport(slots: Moments, before: Moments, after: Moments, epsilon: float) -
     """
     if slots.mean.ndim > before.mean.ndim:
         before, after = (Moments(*(x[None] for x in moments)) for moments in (before, after))
-    usable = (before.count > 0) & (after.count > 0)
-    for moments in (before, after):
-        usable &= jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
+    usable = is_usable(before) & is_usable(after)
     ratio = jnp.clip((after.var + epsilon) / (before.var + epsilon), 1 / MAX_SCALE, MAX_SCALE)
     offset = after.mean - before.mean
     size, limit = jnp.abs(offset), MAX_SHIFT * jnp.sqrt(before.var + epsilon)

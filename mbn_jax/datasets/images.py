@@ -80,6 +80,8 @@ class Split:
         self, indices: np.ndarray, keys: Sequence[tuple[int, ...]] = ()
     ) -> dict[str, np.ndarray]:
         """Reads many examples, as `read` does."""
+        if self.images is not None:  # Nothing to decode.
+            return self.read(indices)
         starts = range(0, len(indices), 64)
         chunks = [(indices[i : i + 64], keys[i : i + 64]) for i in starts]
         with ThreadPoolExecutor() as pool:  # PNG decoding releases the interpreter lock.
