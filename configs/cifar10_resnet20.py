@@ -3,7 +3,7 @@
     mbn-train --config=configs/cifar10_resnet20.py --workdir=runs/cifar10_resnet20
 
 SGD, batch 128, momentum 0.9, 64,000 steps, rate 0.1 divided by 10 twice. Not run here at this
-length, which takes a day or more on 2 CPU cores.
+length, which is hours of work for 2 CPU cores.
 """
 
 from mbn_jax.config import default_config
