@@ -13,7 +13,7 @@ from ml_collections import ConfigDict
 from mbn_jax.double_forward import DOUBLE_FORWARD
 from mbn_jax.errors import UserError
 from mbn_jax.models import MODELS
-from mbn_jax.normalization import GRADIENTS
+from mbn_jax.normalization import GRADIENTS, rows_of_part
 from mbn_jax.norms import NORMS, NORMS_WITH_MEMORY, SYNCS, synced_devices
 from mbn_jax.optimizers import OPTIMIZERS, SCHEDULES
 from mbn_jax.parallel import RUNTIMES
@@ -77,6 +77,7 @@ def default_config() -> ConfigDict:
     config.norm.gradient = "auto"
     config.norm.r_max = 0.0  # Clipping of 'renorm'; 0: off.
     config.norm.d_max = 0.0
+    config.norm.transport_scale = True  # Of 'transport': move by scale and offset, or offset alone.
 
     config.norm.memory_schedule = ConfigDict()
     config.norm.memory_schedule.start_size = 0  # A memory of so many batches; 0: no schedule;
@@ -91,6 +92,8 @@ def default_config() -> ConfigDict:
     config.norm.batch_renorm.d_end = 0.15
 
     config.double_forward = "rewrite"
+    config.double_forward_fraction = 1.0  # Of each device's examples, in the second forward.
+    config.double_forward_every = 1  # A second forward in every so many steps.
     config.gradient_clip_norm = 0.0  # 0: off.
 
     config.optimizer = ConfigDict()
@@ -156,6 +159,7 @@ def validate(config: ConfigDict) -> None:
         "eval_batch_size",
         "log_every_steps",
         "keep_checkpoints",
+        "double_forward_every",
     ):
         _number(config, field, "1 or more", lambda value: value >= 1)
     for field in (
@@ -184,7 +188,8 @@ def validate(config: ConfigDict) -> None:
         _number(config, field, "more than 0", lambda value: value > 0)
     for field in ("norm.momentum", "optimizer.momentum"):
         _number(config, field, "in [0, 1)", lambda value: 0 <= value < 1)
-    _number(config, "norm.decay", "in (0, 1]", lambda value: 0 < value <= 1)
+    for field in ("norm.decay", "double_forward_fraction"):
+        _number(config, field, "in (0, 1]", lambda value: 0 < value <= 1)
     _number(config, "seed", "below 2^31", lambda value: value < 2**31)
 
     renorm = config.norm.batch_renorm
@@ -219,6 +224,20 @@ def validate(config: ConfigDict) -> None:
         raise UserError(
             f"double_forward='transport' moves memories and needs norm.name of "
             f"{', '.join(NORMS_WITH_MEMORY)}, got {norm.name!r}; others take 'rewrite'."
+        )
+    thinned = config.double_forward_fraction < 1 or config.double_forward_every > 1
+    if thinned and config.double_forward == "off":
+        raise UserError(
+            "double_forward_fraction and double_forward_every need a second forward, and "
+            "double_forward is 'off'."
+        )
+    if config.double_forward_fraction < 1 and (
+        norm.name not in NORMS_WITH_MEMORY or norm.virtual_batch_size
+    ):
+        raise UserError(
+            f"double_forward_fraction={config.double_forward_fraction} needs norm.name of "
+            f"{', '.join(NORMS_WITH_MEMORY)} without norm.virtual_batch_size, got {norm.name!r} "
+            f"and {norm.virtual_batch_size}."
         )
     if (norm.r_max or norm.d_max) and norm.gradient != "renorm":
         raise UserError(
@@ -270,6 +289,10 @@ def validate_devices(config: ConfigDict, num_devices: int) -> None:
             f"batch_size must be divisible by the {num_devices} devices, got {config.batch_size}; "
             "change it, or let JAX see fewer devices (CUDA_VISIBLE_DEVICES=0, for example)."
         )
+    try:
+        rows_of_part(config.batch_size // num_devices, config.double_forward_fraction)
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if config.norm.sync == "group" and num_devices % config.norm.sync_group_size:
         raise UserError(
             f"norm.sync_group_size must divide the {num_devices} devices, got "

@@ -14,7 +14,16 @@ from flax import struct, traverse_util
 from jax import lax
 
 from mbn_jax.batch_stats import layers_with_statistics
-from mbn_jax.normalization import BATCH_MOMENTS, FIRST_BATCH_MOMENTS
+from mbn_jax.normalization import (
+    BATCH_MOMENTS,
+    FIRST_BATCH_MOMENTS,
+    FIRST_USED,
+    PART,
+    WHOLE,
+    WHOLE_TO_REWRITE,
+    record_part,
+    rows_of_part,
+)
 from mbn_jax.statistics import AxisName
 
 PyTree = Any
@@ -77,6 +86,8 @@ def make_train_step(
     loss_fn: Callable,
     *,
     double_forward: str = "rewrite",
+    double_forward_fraction: float = 1.0,
+    double_forward_every: int = 1,
     axis_name: AxisName | None = None,
     rng_names: Sequence[str] = ("dropout",),
 ) -> Callable[[TrainState, PyTree], tuple[TrainState, dict[str, jax.Array]]]:
@@ -103,6 +114,13 @@ def make_train_step(
       double_forward: 'rewrite', as above; 'off': S' is what step 1 wrote; or 'transport': as
         'rewrite', and every `MemorizedBatchNorm` moves its whole memory by the shift between the
         two forwards (see `mbn_jax.statistics.transport`), at no further cost.
+      double_forward_fraction: of the batch, the first part, that the second forward sees; the shift
+        that it measures there stands for the whole batch, whose moments of the first forward move
+        by it (a control variate). 1: all. Of a device's batch, which must be on the first axis of
+        every array, and it must leave whole examples; every layer with statistics must be one
+        of this package that pools. Dropout draws the same for these examples as in the first
+        forward where keys are partitionable, as they are by default.
+      double_forward_every: a second forward in every so many steps; the others are 'off'.
       axis_name: named axis of `pmap` or of `shard_map(check_vma=False)`, over which gradients and
         metrics are averaged. Statistics are not: a layer built with `axis_name` syncs its own.
       rng_names: random streams that the model draws from in training.
@@ -112,8 +130,8 @@ def make_train_step(
       averaged over devices.
 
     Raises:
-      ValueError: for an unknown `double_forward`; the step, under `shard_map(check_vma=True)`, and
-        in mode 'transport' where a memory would be left where it was.
+      ValueError: for options that are impossible; the step, under `shard_map(check_vma=True)`, and
+        where a layer cannot do what the mode or the fraction asks of it.
 
     References:
       Guo et al., "Double Forward Propagation for Memorized Batch Normalization", AAAI 2018 (arXiv
@@ -135,6 +153,17 @@ def make_train_step(
     """
     if double_forward not in DOUBLE_FORWARD:
         raise ValueError(f"double_forward must be one of {DOUBLE_FORWARD}, got {double_forward!r}.")
+    if not 0 < double_forward_fraction <= 1:
+        raise ValueError(
+            f"double_forward_fraction must be in (0, 1], got {double_forward_fraction}."
+        )
+    if double_forward_every < 1:
+        raise ValueError(f"double_forward_every must be 1 or more, got {double_forward_every}.")
+    if double_forward == "off" and (double_forward_fraction, double_forward_every) != (1, 1):
+        raise ValueError(
+            "double_forward_fraction and double_forward_every need a second forward, and "
+            "double_forward is 'off'."
+        )
 
     def train_step(state: TrainState, batch: PyTree):
         if any(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(batch)):
@@ -147,26 +176,43 @@ def make_train_step(
             key = jax.random.fold_in(key, lax.axis_index(axis_name))
         rngs = {name: jax.random.fold_in(key, i) for i, name in enumerate(rng_names)}
 
-        def forward(params: PyTree, **collections: PyTree):
+        def forward(params: PyTree, batch: PyTree = batch, **collections: PyTree):
             variables = {"params": params, "batch_stats": state.batch_stats, **collections}
             mutable = ["batch_stats", BATCH_MOMENTS]
             return loss_fn(
                 functools.partial(apply_fn, variables, mutable=mutable, rngs=rngs), batch
             )
 
-        (loss, (metrics, first)), grads = jax.value_and_grad(forward, has_aux=True)(state.params)
+        with record_part(double_forward_fraction):
+            first_forward = jax.value_and_grad(forward, has_aux=True)
+            (loss, (metrics, first)), grads = first_forward(state.params)
         if axis_name is not None:
             grads = lax.pmean(grads, axis_name)
         deltas, opt_state = tx.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, deltas)
 
-        updates = first
-        if double_forward == "rewrite":
-            _, (_, updates) = forward(params)
-        elif double_forward == "transport":
-            recorded = first.get(BATCH_MOMENTS, {})
-            _, (_, updates) = forward(params, **{FIRST_BATCH_MOMENTS: recorded})
-            _check_transported(state.batch_stats, recorded, updates)
+        def after_first() -> PyTree:
+            return first.get("batch_stats", state.batch_stats)
+
+        def after_second() -> PyTree:
+            part, handed = batch, {}
+            if double_forward == "transport" or double_forward_fraction < 1:
+                part = _first_part(batch, double_forward_fraction)
+                handed = _handed_over(first.get(BATCH_MOMENTS, {}), double_forward)
+            _, (_, second) = forward(params, part, **handed)
+            if handed:
+                _check_first_used(
+                    state.batch_stats, first, second, double_forward, double_forward_fraction
+                )
+            return second.get("batch_stats", state.batch_stats)
+
+        if double_forward == "off":
+            batch_stats = after_first()
+        elif double_forward_every == 1:
+            batch_stats = after_second()
+        else:
+            due = (state.step + 1) % double_forward_every == 0
+            batch_stats = lax.cond(due, after_second, after_first)
 
         # As floats, because lax.pmean would turn integers into them on some paths only.
         metrics = {k: jnp.asarray(v, jnp.float32) for k, v in {"loss": loss, **metrics}.items()}
@@ -175,7 +221,7 @@ def make_train_step(
         state = state.replace(
             step=state.step + 1,
             params=params,
-            batch_stats=updates.get("batch_stats", state.batch_stats),
+            batch_stats=batch_stats,
             opt_state=opt_state,
         )
         return state, metrics
@@ -183,30 +229,67 @@ def make_train_step(
     return train_step
 
 
-def _check_transported(batch_stats: PyTree, first: PyTree, updates: PyTree) -> None:
-    """Raises ValueError unless every call of every layer that wrote its memory has moved it."""
+def _first_part(batch: PyTree, fraction: float) -> PyTree:
+    """Returns the first examples of a device's batch; raises ValueError where there are none."""
+    if fraction == 1:
+        return batch
+    sizes = {x.shape[0] if x.ndim else None for x in jax.tree.leaves(batch)}
+    if None in sizes or len(sizes) != 1:
+        raise ValueError(
+            "double_forward_fraction needs the examples on the first axis of every array of the "
+            f"batch, got first axes of {sorted(map(str, sizes))}."
+        )
+    rows = rows_of_part(sizes.pop(), fraction)
+    return jax.tree.map(lambda x: x[:rows], batch)
 
-    def calls(recorded: PyTree, name: str) -> dict[str, int]:
+
+def _handed_over(recorded: PyTree, double_forward: str) -> PyTree:
+    """Returns what the second forward finds of that which the first one recorded."""
+    if double_forward == "rewrite":
         entries = traverse_util.flatten_dict(recorded)
+        recorded = traverse_util.unflatten_dict(
+            {
+                (*path[:-1], WHOLE_TO_REWRITE if path[-1] == WHOLE else path[-1]): calls
+                for path, calls in entries.items()
+            }
+        )
+    return {FIRST_BATCH_MOMENTS: recorded}
+
+
+def _check_first_used(
+    batch_stats: PyTree, first: PyTree, second: PyTree, double_forward: str, fraction: float
+) -> None:
+    """Raises ValueError unless every call of every layer has used what it recorded."""
+
+    def calls(updates: PyTree, name: str) -> dict[str, int]:
+        entries = traverse_util.flatten_dict(updates.get(BATCH_MOMENTS, {}))
         return {"/".join(path[:-1]): len(x) for path, x in entries.items() if path[-1] == name}
 
-    written = layers_with_statistics(updates.get("batch_stats", {}))
-    memories = {
+    recorded, used = calls(first, WHOLE if fraction == 1 else PART), calls(second, FIRST_USED)
+    written = layers_with_statistics(second.get("batch_stats", {}))
+    layers = {
         path: written[path]["mean"] is not stats["mean"]  # Else it is frozen, or was not called.
         for path, stats in layers_with_statistics(batch_stats).items()
-        if {"count", "weight"} & set(stats)
+        # A whole batch needs nothing of the first forward but to move a memory.
+        if fraction < 1 or {"count", "weight"} & set(stats)
     }
-    recorded = calls(first, "moments")
-    moved = calls(updates.get(BATCH_MOMENTS, {}), "transported")
     left = sorted(
         path
-        for path, is_written in memories.items()
-        if recorded.get(path, 0) != moved.get(path, 0) or (is_written and not moved.get(path))
+        for path, is_written in layers.items()
+        if recorded.get(path, 0) != used.get(path, 0) or (is_written and not used.get(path))
     )
-    if left or not memories:
-        names = ", ".join(name or "the layer" for name in left) or "no layer has a memory"
+    names = ", ".join(name or "the layer" for name in left)
+    lifted = (
+        f"Lifted transforms (nn.vmap, nn.scan) need {BATCH_MOMENTS!r} and {FIRST_BATCH_MOMENTS!r} "
+        "in their variable_axes"
+    )
+    if left and fraction < 1:
         raise ValueError(
-            f"double_forward='transport' must move every memory, and cannot: {names}. Lifted "
-            f"transforms (nn.vmap, nn.scan) need {BATCH_MOMENTS!r} and {FIRST_BATCH_MOMENTS!r} in "
-            "their variable_axes; norms without a memory take 'rewrite'."
+            "double_forward_fraction needs layers that pool batches (MemorizedBatchNorm, "
+            f"AveragedBatchNorm), and cannot be used with: {names}. {lifted}."
+        )
+    if left or (not layers and double_forward == "transport"):
+        raise ValueError(
+            f"double_forward='transport' must move every memory, and cannot: "
+            f"{names or 'no layer has a memory'}. {lifted}; norms without a memory take 'rewrite'."
         )

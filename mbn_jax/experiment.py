@@ -196,6 +196,8 @@ class Experiment:
             self.optimizer(values),
             classification_loss,
             double_forward=self.config.double_forward,
+            double_forward_fraction=self.config.double_forward_fraction,
+            double_forward_every=self.config.double_forward_every,
             axis_name=AXIS_NAME,
         )
 

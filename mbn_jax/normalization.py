@@ -1,7 +1,9 @@
 """Memorized Batch Normalization as a drop-in for `flax.linen.BatchNorm`."""
 
+import contextlib
+import contextvars
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeGuard, cast
 
 import jax
@@ -31,14 +33,60 @@ BATCH_MOMENTS = "batch_moments"
 FIRST_BATCH_MOMENTS = "first_batch_moments"
 """Read-only collection in which a forward finds what another recorded as BATCH_MOMENTS.
 
-That other one saw the same batch under the parameters before the update. A layer that finds it, in
-the tree of `batch_moments`, a tuple with one entry a call, moves its memory by what changed.
+That other one saw the same batch under the parameters before the update. A layer finds, in the tree
+of `batch_moments`, tuples with one entry a call:
+
+* WHOLE, the moments of the whole batch. It moves its memory by what changed.
+* WHOLE_TO_REWRITE, the same in its place. It leaves the memory where it is.
+* PART, those of the examples that this forward sees, where it sees only the first part of the
+  batch. It pushes the moments of the whole batch then, moved by what changed for the part.
 """
+
+WHOLE, WHOLE_TO_REWRITE, PART = "moments", "moments_to_rewrite", "moments_of_part"
+
+FIRST_USED = "first_used"
+"""Name in BATCH_MOMENTS by which every call of a layer says that it found FIRST_BATCH_MOMENTS."""
 
 MIN_VALUES_OF_SHIFT = 4
 """With so few values of a feature in a batch, its shift is more noise than shift: nothing moves."""
 
 GRADIENTS = ("auto", "renorm", "through")
+
+_recorded_fraction = contextvars.ContextVar("recorded_fraction", default=1.0)
+
+
+@contextlib.contextmanager
+def record_part(fraction: float) -> Iterator[None]:
+    """Lets layers record the moments of the first part of a batch too, while a forward is traced.
+
+    Args:
+      fraction: of the examples; 1: nothing is recorded beside the moments of all.
+    """
+    token = _recorded_fraction.set(fraction)
+    try:
+        yield
+    finally:
+        _recorded_fraction.reset(token)
+
+
+def recorded_fraction() -> float:
+    """Returns the fraction of the `record_part` around the forward that is traced."""
+    return _recorded_fraction.get()
+
+
+def rows_of_part(size: int, fraction: float) -> int:
+    """Returns how many of so many examples a fraction is; raises ValueError where it is not whole.
+
+    >>> rows_of_part(8, 0.25)
+    2
+    """
+    rows = round(size * fraction)
+    if rows < 1 or not math.isclose(rows, size * fraction):
+        raise ValueError(
+            f"double_forward_fraction must leave whole examples, got {fraction:g} of {size} "
+            "examples on a device."
+        )
+    return rows
 
 
 def statistics_with_gradient(
@@ -225,11 +273,14 @@ class PooledBatchNorm(BatchStatisticsNorm):
       r_max: clip Batch Renormalization's r; needs 'renorm'. Off by default, and not needed: r is at
         most 1/sqrt(a_0).
       d_max: clip Batch Renormalization's d; likewise, |d| is at most sqrt((1 - a_0) / a_0).
+      transport_scale: whether what is kept, where it is moved (see `mbn_jax.statistics.transport`),
+        moves by a scale and an offset; False: by the offset alone.
     """
 
     gradient: str = "auto"
     r_max: float | None = None
     d_max: float | None = None
+    transport_scale: bool = True
 
     def __post_init__(self):
         if self.gradient not in GRADIENTS:
@@ -271,10 +322,11 @@ class PooledBatchNorm(BatchStatisticsNorm):
         guess, _ = pooled(kept)
         is_known = kept.count.reshape(-1, *guess.shape)[0] > 0
         batch = self._batch_moments(x, axes, mask, guess, is_known)
-        firsts = self._first_batch_moments()
-        if firsts is not None and self._values(x, axes) > MIN_VALUES_OF_SHIFT:
-            kept = self._transported(kept, firsts, batch)
-        kept = pushed(kept, batch)
+        first = self._first_of_this_call()
+        slot = batch
+        if first is not None:
+            kept, slot = self._moved(kept, first, batch, self._values(x, axes))
+        kept = pushed(kept, slot)
         mean, var = statistics_with_gradient(
             batch,
             *pooled(kept),
@@ -284,26 +336,78 @@ class PooledBatchNorm(BatchStatisticsNorm):
             d_max=self.d_max,
         )
         if not self.is_initializing():
-            self.sow(BATCH_MOMENTS, "moments", batch)
-            if firsts is not None:
-                self.sow(BATCH_MOMENTS, "transported", batch)
+            if recorded_fraction() < 1:
+                part, part_mask = self._part(x, axes, mask)
+                moments = self._batch_moments(part, axes, part_mask, guess, is_known)
+                self.sow(BATCH_MOMENTS, PART, moments)
+            self.sow(BATCH_MOMENTS, WHOLE, batch)
+            if first is not None:
+                self.sow(BATCH_MOMENTS, FIRST_USED, True)
             for variable, value in zip(variables, kept, strict=True):
                 variable.value = lax.stop_gradient(value)
         return self._normalize(x, mean, var, axes, feature_axes)
 
-    def _first_batch_moments(self) -> tuple[Moments, ...] | None:
-        """Returns what the first forward of this step recorded, call by call, if handed in."""
-        if not self.has_variable(FIRST_BATCH_MOMENTS, "moments"):
-            return None
-        return self.get_variable(FIRST_BATCH_MOMENTS, "moments")
+    def _part(self, x: Array, axes: tuple[int, ...], mask: Array | None):
+        """Returns the first part of the batch, and of its mask."""
+        if 0 not in axes:
+            raise ValueError(
+                "double_forward_fraction needs the examples on the first axis, and "
+                f"axis={self.axis} of {type(self).__name__} {self.name or ''} makes that one of "
+                "features."
+            )
+        rows = rows_of_part(x.shape[0], recorded_fraction())
+        if mask is not None:
+            mask = jnp.broadcast_to(jnp.asarray(mask, bool), x.shape)[:rows]
+        return x[:rows], mask
 
-    def _transported(self, kept: Moments, firsts: tuple[Moments, ...], batch: Moments) -> Moments:
-        """Returns what is kept, moved by what the update did to the inputs of this call."""
-        call, calls = len(self.get_variable(BATCH_MOMENTS, "moments", ())), len(firsts)
-        moved = transport(kept, firsts[call], batch, self.epsilon)
+    def _first_of_this_call(self) -> dict[str, tuple[Moments, ...]] | None:
+        """Returns what the first forward of this step recorded, if handed in, by name and call."""
+        names = (WHOLE, WHOLE_TO_REWRITE, PART)
+        found = {
+            name: self.get_variable(FIRST_BATCH_MOMENTS, name)
+            for name in names
+            if self.has_variable(FIRST_BATCH_MOMENTS, name)
+        }
+        return found or None
+
+    def _moved(
+        self, kept: Moments, first: dict[str, tuple[Moments, ...]], batch: Moments, values: int
+    ) -> tuple[Moments, Moments]:
+        """Moves by what the update did to the inputs of this call.
+
+        Args:
+          kept: what is kept.
+          first: what the first forward recorded.
+          batch: the moments of the examples that this forward sees.
+          values: how many a feature has of them.
+
+        Returns:
+          What is kept, moved where it is to be, and the moments of the whole batch.
+        """
+        transports = WHOLE in first
+        wholes = first[WHOLE if transports else WHOLE_TO_REWRITE]
+        call = len(self.get_variable(BATCH_MOMENTS, WHOLE, ()))
+        before, slot = wholes[call], batch
+        if PART in first:
+            before, slot = first[PART][call], wholes[call]
+        if values <= MIN_VALUES_OF_SHIFT:
+            return kept, slot
+        if PART in first:
+            slot = transport(slot, before, batch, self.epsilon)
+        if transports:
+            kept = self._transported(kept, before, batch, call, len(wholes))
+        return kept, slot
+
+    def _transported(
+        self, kept: Moments, before: Moments, after: Moments, call: int, calls: int
+    ) -> Moments:
+        """Returns what is kept, moved by a shift of the inputs of one of several calls."""
+        if not self.transport_scale:
+            after = after._replace(var=before.var)
+        moved = transport(kept, before, after, self.epsilon)
         if calls == 1:
             return moved
-        if kept.mean.ndim == batch.mean.ndim:
+        if kept.mean.ndim == before.mean.ndim:
             raise ValueError(
                 f"{type(self).__name__} {self.name or ''} is called {calls} times in one forward; "
                 "an average cannot tell which call to move; use double_forward='rewrite'."
@@ -311,7 +415,7 @@ class PooledBatchNorm(BatchStatisticsNorm):
         # Of the slots behind those of this forward, the ones that this call pushed.
         age = jnp.arange(kept.mean.shape[0]) - call
         own = (age >= 0) & (age % calls == calls - 1 - call)
-        own = own.reshape((-1,) + (1,) * batch.mean.ndim)
+        own = own.reshape((-1,) + (1,) * before.mean.ndim)
         return Moments(*(jnp.where(own, new, x) for new, x in zip(moved, kept, strict=True)))
 
     def _values(self, x: Array, axes: tuple[int, ...]) -> int:

@@ -79,6 +79,7 @@ def _pooled_options(config: ConfigDict, num_devices: int) -> dict:
         "gradient": norm.gradient,
         "r_max": norm.r_max or None,
         "d_max": norm.d_max or None,
+        "transport_scale": norm.transport_scale,
         **_statistics_options(config, num_devices),
     }
 

@@ -5,6 +5,7 @@
 """
 
 import functools
+import gc
 import math
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -41,15 +42,27 @@ class Program:
     Attributes:
       experiment: what it runs.
       devices: on which; None: all, of all hosts.
-      step_compilations: how often the training step was compiled.
     """
 
-    def __init__(self, experiment: Experiment, data: Callable[[Split], Batch], devices: Devices):
-        """Compiles nothing yet; `data` returns what the devices hold of a split."""
+    def __init__(
+        self,
+        experiment: Experiment,
+        data: Callable[[Split], Batch],
+        count_compilation: Callable[[], None],
+        devices: Devices,
+    ):
+        """Compiles nothing yet.
+
+        Args:
+          experiment: what it runs.
+          data: returns what the devices hold of a split.
+          count_compilation: called whenever a training step is compiled.
+          devices: on which; None: all, of all hosts.
+        """
         self.experiment = experiment
         self.data = data
         self.devices = devices
-        self.step_compilations = 0
+        self._count_compilation = count_compilation
         self._dispatches: dict[int, Callable] = {}
         # On the devices of the run, not on the process's first.
         self._init = jax.jit(
@@ -84,7 +97,7 @@ class Program:
         if num_steps not in self._dispatches:
 
             def dispatch(state, values, data, block):
-                self.step_compilations += 1
+                self._count_compilation()
                 return self.experiment.dispatch(state, values, data, block, num_steps=num_steps)
 
             self._dispatches[num_steps] = self.map_over_devices(dispatch, donate_argnums=(0,))
@@ -193,11 +206,13 @@ class Programs:
 
     Attributes:
       devices: on which; None: all, of all hosts.
+      step_compilations: how often a training step was compiled, over all programs.
     """
 
     def __init__(self, devices: Devices = None):
         """Makes none yet."""
         self.devices = devices
+        self.step_compilations = 0
         self._programs: dict[str, Program] = {}
         self._data: dict[int, tuple[Split, Batch]] = {}
 
@@ -206,10 +221,20 @@ class Programs:
         config_lib.validate(config)
         key = config_lib.program_key(config)
         if key not in self._programs:
+            if is_short_of_memory_maps():
+                # Dropping programs does not free them, as JAX holds on to what it compiled.
+                self._programs.clear()
+                gc.collect()
+                jax.clear_caches()
             count = len(self.devices) if self.devices else None
             experiment = Experiment.build(config, num_devices=count)
-            self._programs[key] = Program(experiment, self._data_of, self.devices)
+            self._programs[key] = Program(
+                experiment, self._data_of, self._count_compilation, self.devices
+            )
         return self._programs[key]
+
+    def _count_compilation(self) -> None:
+        self.step_compilations += 1
 
     def _data_of(self, split: Split) -> Batch:
         """Returns a split's arrays on every device, or `{}` where it is decoded as it is used."""
@@ -220,7 +245,15 @@ class Programs:
             self._data[id(split)] = split, replicate(arrays, self.devices)
         return self._data[id(split)][1]
 
-    @property
-    def step_compilations(self) -> int:
-        """How often a training step was compiled, over all programs."""
-        return sum(program.step_compilations for program in self._programs.values())
+
+def is_short_of_memory_maps() -> bool:
+    """Returns whether the process has used half of the memory maps that Linux allows it.
+
+    A program that is compiled for a CPU takes some 2,000 of 65,530, and without one the process
+    ends: "LLVM compilation error: Cannot allocate memory".
+    """
+    try:
+        with open("/proc/self/maps", "rb") as maps, open("/proc/sys/vm/max_map_count") as limit:
+            return sum(1 for _ in maps) > int(limit.read()) / 2
+    except OSError:  # Not Linux.
+        return False

@@ -296,9 +296,14 @@ def run_title(config: ConfigDict) -> str:
     norm = config.norm.name
     if norm == "memorized":
         norm += f" (memory {config.norm.memory_size}, decay {config.norm.decay:g})"
+    double_forward = config.double_forward
+    if config.double_forward_fraction < 1:
+        double_forward += f" of {config.double_forward_fraction:g} of the batch"
+    if config.double_forward_every > 1:
+        double_forward += f" every {config.double_forward_every} steps"
     return (
         f"{config.dataset.name}, {config.model.name}, norm {norm}, batch size {config.batch_size}, "
-        f"double forward {config.double_forward}, seed {config.seed}"
+        f"double forward {double_forward}, seed {config.seed}"
     )
 
 

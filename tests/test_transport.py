@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from stepping import Net, batches, changing, loss_fn, memorized, moments, run, stats_of
 
 from mbn_jax import MemorizedBatchNorm, TrainState, make_train_step
 from mbn_jax.averaged import AveragedBatchNorm
@@ -15,55 +16,6 @@ from mbn_jax.normalization import BATCH_MOMENTS, FIRST_BATCH_MOMENTS
 from mbn_jax.parallel import AXIS_NAME, map_over_devices, replicate, split_over_devices
 from mbn_jax.statistics import Moments, transport
 from mbn_jax.virtual_batches import VirtualBatches
-
-memorized = functools.partial(MemorizedBatchNorm, memory_size=4, decay=0.9)
-
-
-class Net(nn.Module):
-    norm: object = memorized
-    layers: int = 1
-
-    @nn.compact
-    def __call__(self, x, train):
-        for _ in range(self.layers):
-            x = nn.relu(self.norm(use_running_average=not train)(nn.Dense(6)(x)))
-        return nn.Dense(3)(x)
-
-
-def loss_fn(apply, x):
-    y, updates = apply(x, train=True)
-    return ((y - 1) ** 2).mean(), ({}, updates)
-
-
-def changing(change):
-    """An optimizer that sets the parameters to `change(params)`, whatever the gradient."""
-
-    def update(grads, state, params):
-        return jax.tree.map(jnp.subtract, change(params), params), state
-
-    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
-
-
-def batches(steps, size=16, seed=0):
-    return jnp.asarray(np.random.default_rng(seed).normal(size=(steps, size, 5)), jnp.float32)
-
-
-def run(model, tx, data, mode="transport", state=None):
-    if state is None:
-        variables = model.init(jax.random.key(0), data[0], train=False)
-        state = TrainState.create(variables, tx, jax.random.key(1))
-    step = jax.jit(make_train_step(model.apply, tx, loss_fn, double_forward=mode))
-    for x in data:
-        state, _ = step(state, x)
-    return state
-
-
-def stats_of(state, name="MemorizedBatchNorm_0"):
-    return state.batch_stats[name]
-
-
-def moments(x):
-    return x.mean(0), x.var(0)
 
 
 def test_a_scale_and_an_offset_move_every_slot_to_where_its_batch_is():

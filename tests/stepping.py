@@ -1,0 +1,60 @@
+"""A small network that is stepped by hand: for the tests of the second forward."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from mbn_jax import MemorizedBatchNorm, TrainState, make_train_step
+
+memorized = functools.partial(MemorizedBatchNorm, memory_size=4, decay=0.9)
+
+
+class Net(nn.Module):
+    norm: object = memorized
+    layers: int = 1
+
+    @nn.compact
+    def __call__(self, x, train):
+        for _ in range(self.layers):
+            x = nn.relu(self.norm(use_running_average=not train)(nn.Dense(6)(x)))
+        return nn.Dense(3)(x)
+
+
+def loss_fn(apply, x):
+    y, updates = apply(x, train=True)
+    return ((y - 1) ** 2).mean(), ({}, updates)
+
+
+def changing(change):
+    """An optimizer that sets the parameters to `change(params)`, whatever the gradient."""
+
+    def update(grads, state, params):
+        return jax.tree.map(jnp.subtract, change(params), params), state
+
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def batches(steps, size=16, seed=0):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=(steps, size, 5)), jnp.float32)
+
+
+def run(model, tx, data, mode="transport", state=None, **options):
+    if state is None:
+        variables = model.init(jax.random.key(0), data[0], train=False)
+        state = TrainState.create(variables, tx, jax.random.key(1))
+    step = jax.jit(make_train_step(model.apply, tx, loss_fn, double_forward=mode, **options))
+    for x in data:
+        state, _ = step(state, x)
+    return state
+
+
+def stats_of(state, name="MemorizedBatchNorm_0"):
+    return state.batch_stats[name]
+
+
+def moments(x):
+    return x.mean(0), x.var(0)
