@@ -3,9 +3,9 @@
     python experiments/step_cost.py
 
 FLOPs, bytes accessed and peak temporary memory are the compiler's counts, as ratios. The step time
-is measured in rounds that take every step once, in turn: the median of its ratio to BatchNorm's step
-of the same round, and the quartiles. The last row is BatchNorm once more: what noise alone makes. On
-a CPU pin the process to a core (taskset -c 0): it is steadier, and at these sizes hardly slower.
+is measured in rounds that take every step once, in turn: the median of its ratio to BatchNorm's
+step of the same round, and the quartiles. The last row is BatchNorm once more: what noise alone
+makes. On a CPU pin the process to a core (taskset -c 0): it is steadier, and hardly slower.
 """
 
 import argparse

@@ -233,13 +233,13 @@ def _first_part(batch: PyTree, fraction: float) -> PyTree:
     """Returns the first examples of a device's batch; raises ValueError where there are none."""
     if fraction == 1:
         return batch
-    sizes = {x.shape[0] if x.ndim else None for x in jax.tree.leaves(batch)}
-    if None in sizes or len(sizes) != 1:
+    shapes = [jnp.shape(x) for x in jax.tree.leaves(batch)]
+    if len({shape[:1] for shape in shapes}) != 1 or () in shapes:
         raise ValueError(
             "double_forward_fraction needs the examples on the first axis of every array of the "
-            f"batch, got first axes of {sorted(map(str, sizes))}."
+            f"batch, got arrays of {shapes}."
         )
-    rows = rows_of_part(sizes.pop(), fraction)
+    rows = rows_of_part(shapes[0][0], fraction)
     return jax.tree.map(lambda x: x[:rows], batch)
 
 

@@ -9,7 +9,7 @@ from mbn_jax.checkpoints import Checkpoints
 from mbn_jax.config import validate_devices
 from mbn_jax.errors import UserError
 from mbn_jax.experiment import load_dataset_split
-from mbn_jax.parallel import Devices
+from mbn_jax.parallel import Devices, first_device
 from mbn_jax.program import Programs
 from mbn_jax.workdir import CHECKPOINTS, load_config
 
@@ -54,7 +54,7 @@ def evaluate_run(
         state = program.recalibrate(config, state, recalibrate_batches)
     evaluated = load_dataset_split(config, split) if split else experiment.test
     values = program.evaluate(config, state, evaluated)
-    return {"step": int(state.step[0]), "split": evaluated.name, **values}
+    return {"step": int(first_device(state.step)), "split": evaluated.name, **values}
 
 
 def _devices_that_fit(config: ConfigDict) -> Devices:

@@ -362,12 +362,10 @@ class PooledBatchNorm(BatchStatisticsNorm):
 
     def _first_of_this_call(self) -> dict[str, tuple[Moments, ...]] | None:
         """Returns what the first forward of this step recorded, if handed in, by name and call."""
-        names = (WHOLE, WHOLE_TO_REWRITE, PART)
-        found = {
-            name: self.get_variable(FIRST_BATCH_MOMENTS, name)
-            for name in names
-            if self.has_variable(FIRST_BATCH_MOMENTS, name)
-        }
+        found: dict[str, tuple[Moments, ...]] = {}
+        for name in (WHOLE, WHOLE_TO_REWRITE, PART):
+            if self.has_variable(FIRST_BATCH_MOMENTS, name):
+                found[name] = self.get_variable(FIRST_BATCH_MOMENTS, name)
         return found or None
 
     def _moved(

@@ -112,7 +112,16 @@ def distribute(tree: PyTree, devices: Devices = None) -> PyTree:
 
 def first_device(tree: PyTree) -> PyTree:
     """Returns the first device's entry of every array, for what is the same on all."""
-    return jax.tree.map(lambda x: x[0], tree)
+
+    def first(x):
+        if not isinstance(x, jax.Array):
+            return x[0]
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            return jax.random.wrap_key_data(first(jax.random.key_data(x)))
+        # Of its own shard: x[0] would run a program on all devices, with a collective.
+        return x.addressable_data(0)[0]
+
+    return jax.tree.map(first, tree)
 
 
 def gather_over_hosts(tree: PyTree) -> PyTree:

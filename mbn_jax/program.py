@@ -220,12 +220,12 @@ class Programs:
         """Returns the program that serves `config`; raises UserError as `Experiment.build`."""
         config_lib.validate(config)
         key = config_lib.program_key(config)
+        if is_short_of_memory_maps():
+            # Dropping programs does not free them, for JAX holds on to what it compiled.
+            self._programs.clear()
+            gc.collect()
+            jax.clear_caches()
         if key not in self._programs:
-            if is_short_of_memory_maps():
-                # Dropping programs does not free them, as JAX holds on to what it compiled.
-                self._programs.clear()
-                gc.collect()
-                jax.clear_caches()
             count = len(self.devices) if self.devices else None
             experiment = Experiment.build(config, num_devices=count)
             self._programs[key] = Program(

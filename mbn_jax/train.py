@@ -94,7 +94,7 @@ def train(
     restored = checkpoints.restore(fresh, local_statistics=local, devices=program.devices)
     checkpoints.discard_damaged()
     state = replicate(fresh, program.devices) if restored is None else restored
-    first_step = int(state.step[0])
+    first_step = int(first_device(state.step))
     reporter = Reporter(
         workdir,
         first_step=first_step,
@@ -129,7 +129,7 @@ def _run(
     eval_every = config.eval_every_steps or epoch
     checkpoint_every = config.checkpoint_every_steps or epoch
     shift_every = config.shift.every_steps
-    step = int(state.step[0])
+    step = int(first_device(state.step))
     if step == total_steps:
         return
     blocks = _blocks(program, config, step)
@@ -182,7 +182,8 @@ def _run(
         reporter.write(step, values)
         if saves:
             # The loss told of the parameters before the last update only.
-            total = sum(float(jnp.sum(x[0])) for x in jax.tree.leaves(state.params))
+            params = jax.tree.leaves(first_device(state.params))
+            total = sum(float(jnp.sum(x)) for x in params)
             _check_finite(total, "sum of the parameters after", step, schedule)
             yield state
         clock = time.monotonic()

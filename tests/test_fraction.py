@@ -280,7 +280,7 @@ def test_every_array_of_the_batch_must_have_the_examples_first():
         model.apply, tx, lambda apply, b: loss_fn(apply, b["x"]), double_forward_fraction=0.5
     )
     for other in (jnp.ones(()), jnp.ones(3)):
-        with pytest.raises(ValueError, match="first axis of every array of the batch, got"):
+        with pytest.raises(ValueError, match="first axis of every array of the batch, got arrays"):
             step(state, {"x": x, "other": other})
 
 
