@@ -42,6 +42,19 @@ DIGITS = str(ROOT / "configs" / "digits.py")
             ["--config.double_forward=transport", "--config.norm.name=batch"],
             "needs norm.name of memorized, averaged, got 'batch'; others take 'rewrite'",
         ),
+        (["--config.double_forward_fraction=0"], r"must be in \(0, 1\], got 0.0"),
+        (
+            ["--config.double_forward=off", "--config.double_forward_every=2"],
+            "need a second forward, and double_forward is 'off'",
+        ),
+        (
+            ["--config.double_forward_fraction=0.5", "--config.norm.name=batch"],
+            "needs norm.name of memorized, averaged without norm.virtual_batch_size, got 'batch'",
+        ),
+        (
+            ["--config.batch_size=8", "--config.double_forward_fraction=0.5"],
+            "must leave whole examples, got 0.5 of 1 examples on a device",
+        ),
         (["--config.dataset.random_resized_crop=True"], "needs dataset.image_size, to crop to"),
         (
             ["--config.dataset.validation=True", "--config.dataset.train_split=train[:9]"],

@@ -26,6 +26,15 @@ from mbn_jax.parallel import (
 DEVICES = 8
 
 
+def test_the_first_device_is_read_from_its_own_shard():
+    tree = replicate({"x": np.arange(3.0), "key": jax.random.key(7)})
+    first = first_device(tree)
+    assert first["x"].devices() == {jax.devices()[0]}  # No program of all devices made it.
+    np.testing.assert_array_equal(first["x"], np.arange(3.0))
+    assert jax.random.key_data(first["key"]).tolist() == [0, 7]
+    np.testing.assert_array_equal(first_device({"x": np.ones((2, 3))})["x"], np.ones(3))
+
+
 class Net(nn.Module):
     norm: object
 

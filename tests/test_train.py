@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from mbn_jax import experiment as experiment_module
 from mbn_jax.batch_stats import pool_batch_stats
 from mbn_jax.checkpoints import Checkpoints
 from mbn_jax.config import default_config, traced_values
@@ -20,10 +21,11 @@ from mbn_jax.config_files import with_fields
 from mbn_jax.errors import UserError
 from mbn_jax.evaluation import evaluate_run
 from mbn_jax.experiment import Experiment
+from mbn_jax.norms import build_norm
 from mbn_jax.parallel import replicate
 from mbn_jax.program import Programs
 from mbn_jax.reporting import read_metrics
-from mbn_jax.train import DivergenceError
+from mbn_jax.train import DivergenceError, run_title
 from mbn_jax.train import train as train_anew
 from mbn_jax.workdir import CHECKPOINTS
 
@@ -271,10 +273,31 @@ def test_bfloat16_computes_in_it_and_keeps_float32_state(config):
     assert {x.dtype for x in kept} == {jnp.dtype("float32")}
 
 
+def test_fields_of_the_second_forward_reach_the_step_and_the_layers(config, monkeypatch):
+    fields = {
+        "double_forward": "transport",
+        "double_forward_fraction": 0.5,
+        "double_forward_every": 3,
+    }
+    config.update_from_flattened_dict({**fields, "norm.transport_scale": False})
+    found = {}
+    monkeypatch.setattr(experiment_module, "make_train_step", lambda *_, **kw: found.update(kw))
+    experiment_module.Experiment.build(config).step(traced_values(config))
+    assert found.items() >= fields.items()
+    assert not build_norm(config, 8, 10)(use_running_average=True).transport_scale
+    assert "transport of 0.5 of the batch every 3 steps" in run_title(config)
+
+
 TWO_DEVICES = Programs(jax.devices()[:2])
 MEMORIES = {
     "transport": {"double_forward": "transport", "norm.virtual_batch_size": 8},
-    "averaged": {"double_forward": "transport", "norm.name": "averaged", "norm.sync": "local"},
+    "averaged": {
+        "double_forward": "transport",
+        "double_forward_fraction": 0.5,
+        "double_forward_every": 2,
+        "norm.name": "averaged",
+        "norm.sync": "local",
+    },
     "growing": {"norm.memory_schedule.start_size": 4, "norm.memory_schedule.end": 0.5},
     "batch": {"norm.virtual_batch_size": 2, "norm.name": "batch", "norm.sync": "local"},
 }
