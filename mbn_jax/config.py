@@ -231,6 +231,11 @@ def validate(config: ConfigDict) -> None:
             "double_forward_fraction and double_forward_every need a second forward, and "
             "double_forward is 'off'."
         )
+    if not norm.transport_scale and config.double_forward != "transport":
+        raise UserError(
+            "norm.transport_scale=False is a kind of double_forward='transport', got "
+            f"{config.double_forward!r}."
+        )
     if config.double_forward_fraction < 1 and (
         norm.name not in NORMS_WITH_MEMORY or norm.virtual_batch_size
     ):

@@ -3,6 +3,7 @@
 Works for any Flax model and any normalization layer that keeps `batch_stats`.
 """
 
+import contextlib
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -114,13 +115,14 @@ def make_train_step(
       double_forward: 'rewrite', as above; 'off': S' is what step 1 wrote; or 'transport': as
         'rewrite', and every `MemorizedBatchNorm` moves its whole memory by the shift between the
         two forwards (see `mbn_jax.statistics.transport`), at no further cost.
-      double_forward_fraction: of the batch, the first part, that the second forward sees; the shift
-        that it measures there stands for the whole batch, whose moments of the first forward move
-        by it (a control variate). 1: all. Of a device's batch, which must be on the first axis of
-        every array, and it must leave whole examples; every layer with statistics must be one
-        of this package that pools. Dropout draws the same for these examples as in the first
-        forward where keys are partitionable, as they are by default.
-      double_forward_every: a second forward in every so many steps; the others are 'off'.
+      double_forward_fraction: how much of a device's batch the second forward sees, its first
+        examples. The shift that it measures there stands for that of the whole batch, whose moments
+        of the first forward move by it (a control variate), bounded as in
+        `mbn_jax.statistics.transport`. Every array of the batch, and the input of every layer with
+        statistics, must have the examples on its first axis, in their order, and the layers must be
+        `MemorizedBatchNorm` or `AveragedBatchNorm`. 1: all of the batch, and nothing of this holds.
+      double_forward_every: a second forward in every so many steps. The others are as 'off': their
+        slots stay as the first forward wrote them, and their shift moves nothing.
       axis_name: named axis of `pmap` or of `shard_map(check_vma=False)`, over which gradients and
         metrics are averaged. Statistics are not: a layer built with `axis_name` syncs its own.
       rng_names: random streams that the model draws from in training.
@@ -183,7 +185,13 @@ def make_train_step(
                 functools.partial(apply_fn, variables, mutable=mutable, rngs=rngs), batch
             )
 
-        with record_part(double_forward_fraction):
+        part = batch
+        recording: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if double_forward_fraction < 1:
+            size = _examples(batch)
+            rows = rows_of_part(size, double_forward_fraction)
+            part, recording = jax.tree.map(lambda x: x[:rows], batch), record_part(size, rows)
+        with recording:
             first_forward = jax.value_and_grad(forward, has_aux=True)
             (loss, (metrics, first)), grads = first_forward(state.params)
         if axis_name is not None:
@@ -195,9 +203,8 @@ def make_train_step(
             return first.get("batch_stats", state.batch_stats)
 
         def after_second() -> PyTree:
-            part, handed = batch, {}
+            handed: dict[str, PyTree] = {}
             if double_forward == "transport" or double_forward_fraction < 1:
-                part = _first_part(batch, double_forward_fraction)
                 handed = _handed_over(first.get(BATCH_MOMENTS, {}), double_forward)
             _, (_, second) = forward(params, part, **handed)
             if handed:
@@ -229,18 +236,15 @@ def make_train_step(
     return train_step
 
 
-def _first_part(batch: PyTree, fraction: float) -> PyTree:
-    """Returns the first examples of a device's batch; raises ValueError where there are none."""
-    if fraction == 1:
-        return batch
+def _examples(batch: PyTree) -> int:
+    """Returns how many examples a device's batch has; raises ValueError where arrays disagree."""
     shapes = [jnp.shape(x) for x in jax.tree.leaves(batch)]
     if len({shape[:1] for shape in shapes}) != 1 or () in shapes:
         raise ValueError(
             "double_forward_fraction needs the examples on the first axis of every array of the "
             f"batch, got arrays of {shapes}."
         )
-    rows = rows_of_part(shapes[0][0], fraction)
-    return jax.tree.map(lambda x: x[:rows], batch)
+    return shapes[0][0]
 
 
 def _handed_over(recorded: PyTree, double_forward: str) -> PyTree:

@@ -1,9 +1,8 @@
 """Memorized Batch Normalization as a drop-in for `flax.linen.BatchNorm`."""
 
 import contextlib
-import contextvars
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeGuard, cast
 
 import jax
@@ -38,8 +37,8 @@ of `batch_moments`, tuples with one entry a call:
 
 * WHOLE, the moments of the whole batch. It moves its memory by what changed.
 * WHOLE_TO_REWRITE, the same in its place. It leaves the memory where it is.
-* PART, those of the examples that this forward sees, where it sees only the first part of the
-  batch. It pushes the moments of the whole batch then, moved by what changed for the part.
+* PART, those of the examples that this forward sees, where it sees only the first of the batch.
+  It pushes the moments of the whole batch then, moved by what changed for the part.
 """
 
 WHOLE, WHOLE_TO_REWRITE, PART = "moments", "moments_to_rewrite", "moments_of_part"
@@ -47,35 +46,29 @@ WHOLE, WHOLE_TO_REWRITE, PART = "moments", "moments_to_rewrite", "moments_of_par
 FIRST_USED = "first_used"
 """Name in BATCH_MOMENTS by which every call of a layer says that it found FIRST_BATCH_MOMENTS."""
 
-MIN_VALUES_OF_SHIFT = 4
-"""With so few values of a feature in a batch, its shift is more noise than shift: nothing moves."""
-
 GRADIENTS = ("auto", "renorm", "through")
 
-_recorded_fraction = contextvars.ContextVar("recorded_fraction", default=1.0)
+# Not a plain context variable: what is traced under one value must not be reused under another.
+_part_to_record = jax.make_user_context(None)
 
 
-@contextlib.contextmanager
-def record_part(fraction: float) -> Iterator[None]:
-    """Lets layers record the moments of the first part of a batch too, while a forward is traced.
+def record_part(size: int, part: int) -> contextlib.AbstractContextManager:
+    """Lets layers record the moments of the first examples too, while a forward is traced.
 
     Args:
-      fraction: of the examples; 1: nothing is recorded beside the moments of all.
+      size: examples of the batch.
+      part: how many of them.
     """
-    token = _recorded_fraction.set(fraction)
-    try:
-        yield
-    finally:
-        _recorded_fraction.reset(token)
+    return _part_to_record((size, part))
 
 
-def recorded_fraction() -> float:
-    """Returns the fraction of the `record_part` around the forward that is traced."""
-    return _recorded_fraction.get()
+def part_to_record() -> tuple[int, int] | None:
+    """Returns the size of the batch and of its part where `record_part` is around the forward."""
+    return _part_to_record.value
 
 
 def rows_of_part(size: int, fraction: float) -> int:
-    """Returns how many of so many examples a fraction is; raises ValueError where it is not whole.
+    """Returns how many examples a fraction of `size` is; raises ValueError where it is not whole.
 
     >>> rows_of_part(8, 0.25)
     2
@@ -273,8 +266,9 @@ class PooledBatchNorm(BatchStatisticsNorm):
       r_max: clip Batch Renormalization's r; needs 'renorm'. Off by default, and not needed: r is at
         most 1/sqrt(a_0).
       d_max: clip Batch Renormalization's d; likewise, |d| is at most sqrt((1 - a_0) / a_0).
-      transport_scale: whether what is kept, where it is moved (see `mbn_jax.statistics.transport`),
-        moves by a scale and an offset; False: by the offset alone.
+      transport_scale: whether what is kept moves by a scale and an offset where it is transported
+        (see `mbn_jax.statistics.transport`); False: by the offset alone. The batch that is pushed
+        after a second forward on a part of it moves by both always.
     """
 
     gradient: str = "auto"
@@ -322,11 +316,10 @@ class PooledBatchNorm(BatchStatisticsNorm):
         guess, _ = pooled(kept)
         is_known = kept.count.reshape(-1, *guess.shape)[0] > 0
         batch = self._batch_moments(x, axes, mask, guess, is_known)
-        first = self._first_of_this_call()
-        slot = batch
+        first = self._first_moments()
         if first is not None:
-            kept, slot = self._moved(kept, first, batch, self._values(x, axes))
-        kept = pushed(kept, slot)
+            kept, batch = self._moved(kept, first, batch)
+        kept = pushed(kept, batch)
         mean, var = statistics_with_gradient(
             batch,
             *pooled(kept),
@@ -336,7 +329,7 @@ class PooledBatchNorm(BatchStatisticsNorm):
             d_max=self.d_max,
         )
         if not self.is_initializing():
-            if recorded_fraction() < 1:
+            if part_to_record() is not None:
                 part, part_mask = self._part(x, axes, mask)
                 moments = self._batch_moments(part, axes, part_mask, guess, is_known)
                 self.sow(BATCH_MOMENTS, PART, moments)
@@ -349,19 +342,19 @@ class PooledBatchNorm(BatchStatisticsNorm):
 
     def _part(self, x: Array, axes: tuple[int, ...], mask: Array | None):
         """Returns the first part of the batch, and of its mask."""
-        if 0 not in axes:
+        size, rows = cast(tuple[int, int], part_to_record())
+        if 0 not in axes or x.shape[0] != size:
             raise ValueError(
-                "double_forward_fraction needs the examples on the first axis, and "
-                f"axis={self.axis} of {type(self).__name__} {self.name or ''} makes that one of "
-                "features."
+                f"double_forward_fraction needs the {size} examples of the batch, in their order, "
+                f"on the first axis of every layer's input, and {type(self).__name__} "
+                f"{self.name or ''} with axis={self.axis} got an input of shape {x.shape}."
             )
-        rows = rows_of_part(x.shape[0], recorded_fraction())
         if mask is not None:
             mask = jnp.broadcast_to(jnp.asarray(mask, bool), x.shape)[:rows]
         return x[:rows], mask
 
-    def _first_of_this_call(self) -> dict[str, tuple[Moments, ...]] | None:
-        """Returns what the first forward of this step recorded, if handed in, by name and call."""
+    def _first_moments(self) -> dict[str, tuple[Moments, ...]] | None:
+        """Returns what the first forward of this step recorded, by name and call, if handed in."""
         found: dict[str, tuple[Moments, ...]] = {}
         for name in (WHOLE, WHOLE_TO_REWRITE, PART):
             if self.has_variable(FIRST_BATCH_MOMENTS, name):
@@ -369,7 +362,7 @@ class PooledBatchNorm(BatchStatisticsNorm):
         return found or None
 
     def _moved(
-        self, kept: Moments, first: dict[str, tuple[Moments, ...]], batch: Moments, values: int
+        self, kept: Moments, first: dict[str, tuple[Moments, ...]], batch: Moments
     ) -> tuple[Moments, Moments]:
         """Moves by what the update did to the inputs of this call.
 
@@ -377,7 +370,6 @@ class PooledBatchNorm(BatchStatisticsNorm):
           kept: what is kept.
           first: what the first forward recorded.
           batch: the moments of the examples that this forward sees.
-          values: how many a feature has of them.
 
         Returns:
           What is kept, moved where it is to be, and the moments of the whole batch.
@@ -385,16 +377,13 @@ class PooledBatchNorm(BatchStatisticsNorm):
         transports = WHOLE in first
         wholes = first[WHOLE if transports else WHOLE_TO_REWRITE]
         call = len(self.get_variable(BATCH_MOMENTS, WHOLE, ()))
-        before, slot = wholes[call], batch
+        before, after, whole = wholes[call], batch, batch
         if PART in first:
-            before, slot = first[PART][call], wholes[call]
-        if values <= MIN_VALUES_OF_SHIFT:
-            return kept, slot
-        if PART in first:
-            slot = transport(slot, before, batch, self.epsilon)
+            before = first[PART][call]
+            whole = transport(wholes[call], before, after, self.epsilon)
         if transports:
-            kept = self._transported(kept, before, batch, call, len(wholes))
-        return kept, slot
+            kept = self._transported(kept, before, after, call, len(wholes))
+        return kept, whole
 
     def _transported(
         self, kept: Moments, before: Moments, after: Moments, call: int, calls: int

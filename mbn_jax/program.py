@@ -35,6 +35,8 @@ from mbn_jax.statistics import Moments
 
 PyTree = Any
 
+MAX_SHARE_OF_MEMORY_MAPS = 0.5
+
 
 class Program:
     """An experiment on its devices: compiled as it is needed, with its data.
@@ -213,21 +215,29 @@ class Programs:
         """Makes none yet."""
         self.devices = devices
         self.step_compilations = 0
+        self._experiments: dict[str, Experiment] = {}
         self._programs: dict[str, Program] = {}
         self._data: dict[int, tuple[Split, Batch]] = {}
 
-    def get(self, config: ConfigDict) -> Program:
-        """Returns the program that serves `config`; raises UserError as `Experiment.build`."""
+    def experiment(self, config: ConfigDict) -> Experiment:
+        """Returns what `config` stands for; raises UserError as `Experiment.build`."""
         config_lib.validate(config)
         key = config_lib.program_key(config)
-        if is_short_of_memory_maps():
-            # Dropping programs does not free them, for JAX holds on to what it compiled.
-            self._programs.clear()
-            gc.collect()
-            jax.clear_caches()
-        if key not in self._programs:
+        if key not in self._experiments:
             count = len(self.devices) if self.devices else None
-            experiment = Experiment.build(config, num_devices=count)
+            self._experiments[key] = Experiment.build(config, num_devices=count)
+        return self._experiments[key]
+
+    def get(self, config: ConfigDict) -> Program:
+        """Returns the program that serves `config`; raises UserError as `Experiment.build`."""
+        experiment = self.experiment(config)
+        key = config_lib.program_key(config)
+        if key not in self._programs:
+            if is_short_of_memory_maps():
+                # All that the process has compiled; what is still in use compiles once more.
+                self._programs.clear()
+                jax.clear_caches()
+                gc.collect()
             self._programs[key] = Program(
                 experiment, self._data_of, self._count_compilation, self.devices
             )
@@ -247,13 +257,13 @@ class Programs:
 
 
 def is_short_of_memory_maps() -> bool:
-    """Returns whether the process has used half of the memory maps that Linux allows it.
+    """Returns whether the process has used `MAX_SHARE_OF_MEMORY_MAPS` of what Linux allows it.
 
     A program that is compiled for a CPU takes some 2,000 of 65,530, and without one the process
     ends: "LLVM compilation error: Cannot allocate memory".
     """
     try:
         with open("/proc/self/maps", "rb") as maps, open("/proc/sys/vm/max_map_count") as limit:
-            return sum(1 for _ in maps) > int(limit.read()) / 2
+            return sum(1 for _ in maps) > int(limit.read()) * MAX_SHARE_OF_MEMORY_MAPS
     except OSError:  # Not Linux.
         return False

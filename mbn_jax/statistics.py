@@ -286,6 +286,9 @@ MAX_SHIFT = 1.0
 MAX_SCALE = 2.0
 """Of the variance by one update, and its reciprocal, likewise."""
 
+MIN_VALUES_OF_SHIFT = 5
+"""Of a feature in a batch: from fewer, its shift is more noise than shift, and moves nothing."""
+
 
 def transport(slots: Moments, before: Moments, after: Moments, epsilon: float) -> Moments:
     """Moves a memory by what an update did to the statistics of one batch.
@@ -298,8 +301,8 @@ def transport(slots: Moments, before: Moments, after: Moments, epsilon: float) -
 
     which is exact where the update changed a feature by a scale and an offset, and nothing where
     nothing moved. One bad update must not spoil a memory: r is bounded to [1/2, 2] and m' - m to
-    one standard deviation of the batch, and a feature that was masked out, or is not finite, is
-    left as it is.
+    one standard deviation of the batch. A feature of which the batch has fewer than five values, or
+    that is not finite, is left as it is.
 
     Args:
       slots: `Moments` of shape `[k, *F]`, or of an average, `[*F]`.
@@ -324,6 +327,7 @@ def transport(slots: Moments, before: Moments, after: Moments, epsilon: float) -
     if slots.mean.ndim > before.mean.ndim:
         before, after = (Moments(*(x[None] for x in moments)) for moments in (before, after))
     usable = is_usable(before) & is_usable(after)
+    usable &= jnp.minimum(before.count, after.count) >= MIN_VALUES_OF_SHIFT
     ratio = jnp.clip((after.var + epsilon) / (before.var + epsilon), 1 / MAX_SCALE, MAX_SCALE)
     offset = after.mean - before.mean
     size, limit = jnp.abs(offset), MAX_SHIFT * jnp.sqrt(before.var + epsilon)

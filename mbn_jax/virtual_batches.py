@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mbn_jax.batch_stats import pool_batch_stats
-from mbn_jax.normalization import BATCH_MOMENTS, FIRST_BATCH_MOMENTS, recorded_fraction
+from mbn_jax.normalization import BATCH_MOMENTS, FIRST_BATCH_MOMENTS, part_to_record
 from mbn_jax.statistics import Array
 
 
@@ -83,7 +83,7 @@ class VirtualBatches(nn.Module):
         if use_running_average and not self.is_initializing():
             pooled = nn.map_variables(normalize, "batch_stats", pool_batch_stats)
             return pooled(layer, x, *masks)
-        if recorded_fraction() < 1:
+        if part_to_record() is not None:
             raise ValueError(
                 "double_forward_fraction would leave some groups of VirtualBatches without "
                 "examples; use 1 with them."

@@ -27,11 +27,16 @@ both_norms = pytest.mark.parametrize(
 
 
 @both_modes
-def test_all_of_the_batch_is_the_full_scheme_to_the_bit(mode):
-    data, tx = batches(3), optax.sgd(0.3)
+def test_a_part_that_is_the_batch_is_the_full_scheme(mode):
+    # Small steps, so that no bound binds.
+    data, tx = batches(4), optax.sgd(0.1)
     full = run(Net(), tx, data, mode)
-    same = run(Net(), tx, data, mode, double_forward_fraction=1.0, double_forward_every=1)
-    jax.tree.map(np.testing.assert_array_equal, full.batch_stats, same.batch_stats)
+    part = run(Net(), tx, data, mode, double_forward_fraction=1 - 1e-12)
+    # The same numbers in another order.
+    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, part.batch_stats, full.batch_stats)
+    first = run(Net(), tx, data, "off")
+    assert np.abs(stats_of(full)["mean"] - stats_of(first)["mean"]).max() > 1e-3
 
 
 @both_modes
@@ -84,12 +89,22 @@ class Dropped(nn.Module):
 
     @nn.compact
     def __call__(self, x, train):
-        x = nn.Dropout(0.5, deterministic=not train)(nn.Dense(6)(x))
-        return nn.Dense(3)(nn.relu(self.norm(use_running_average=not train)(x)))
+        for _ in range(2):
+            x = nn.Dropout(0.5, deterministic=not train)(nn.Dense(6)(x))
+            x = nn.relu(self.norm(use_running_average=not train)(x))
+        return nn.Dense(3)(x)
 
 
 @both_modes
-@both_norms
+@pytest.mark.parametrize(
+    "norm",
+    [
+        memorized,
+        AveragedBatchNorm,
+        functools.partial(memorized, gradient="renorm", r_max=1.05, d_max=0.05),
+    ],
+    ids=["memorized", "averaged", "clipped"],
+)
 def test_at_rate_0_nothing_moves_and_dropout_draws_the_same(norm, mode):
     data, tx = batches(5), optax.sgd(0.0)
     moved = run_quarter(Dropped(norm), tx, data, mode).batch_stats
@@ -151,7 +166,7 @@ def test_devices_pool_their_parts(mode):
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5), *ends)
 
 
-@pytest.mark.parametrize("kept", [0, 2])
+@pytest.mark.parametrize("kept", [0, 4, 5])
 def test_masked_examples_of_the_part_tell_nothing(kept):
     class Masked(nn.Module):
         @nn.compact
@@ -169,8 +184,8 @@ def test_masked_examples_of_the_part_tell_nothing(kept):
     jax.tree.map(np.testing.assert_array_equal, *(end.batch_stats for end in ends))
     first = run(Masked(), tx, jnp.concatenate([data, keep], -1), "off")
     difference = np.abs(stats_of(ends[0])["mean"] - stats_of(first)["mean"])[:3].max()
-    # Masked out whole, the part moves nothing.
-    assert difference > 0.01 if kept else difference == 0
+    # Four values tell more of their noise than of the shift.
+    assert difference > 0.01 if kept > 4 else difference == 0
 
 
 def test_a_layer_called_twice_moves_by_the_part_of_each_call():
@@ -212,6 +227,37 @@ def test_a_second_forward_in_every_other_step(mode):
     assert np.abs(stats_of(second)["mean"] - stats_of(off)["mean"]).max() > 1e-3
 
 
+def test_devices_agree_on_the_steps_without_a_second_forward():
+    norm = functools.partial(memorized, axis_name=AXIS_NAME)
+    model, tx, data = Net(norm), optax.sgd(0.2), batches(4)
+    variables = model.init(jax.random.key(0), data[0], train=False)
+    state = TrainState.create(variables, tx, jax.random.key(1))
+    options = {"double_forward": "transport", "double_forward_every": 2, "axis_name": AXIS_NAME}
+    ends = []
+    for count in (1, 2):
+        devices = jax.devices()[:count]
+        step = map_over_devices(
+            make_train_step(model.apply, tx, loss_fn, **options), devices=devices
+        )
+        end = replicate(state, devices)
+        for x in data:
+            end, _ = step(end, x.reshape(count, -1, 5))
+        ends.append(jax.tree.map(lambda x: x[0], end.batch_stats))
+    # Sums over devices in another order.
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5), *ends)
+
+
+def test_what_is_traced_for_one_part_is_not_reused_for_another():
+    model = Net(nn.jit(MemorizedBatchNorm))
+    data, tx = batches(2), optax.sgd(0.0)
+    first = run(model, tx, data, "off").batch_stats
+    for fraction in (0.25, 0.5):
+        moved = run(model, tx, data, double_forward_fraction=fraction).batch_stats
+        # At rate 0 nothing moves, but for rounding of moments in two programs.
+        close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6)
+        jax.tree.map(close, moved, first)
+
+
 def test_by_the_offset_alone():
     data, tx = batches(3), optax.sgd(0.3)
     norm = functools.partial(memorized, transport_scale=False)
@@ -241,6 +287,13 @@ def test_the_second_forward_computes_the_part_only():
     assert 0.25 < (quarter - off) / (full - off) < 0.4
 
 
+class TwoViews(nn.Module):
+    @nn.compact
+    def __call__(self, x, train):
+        x = jnp.concatenate([x, 3 * x + 1])
+        return memorized(use_running_average=not train)(nn.Dense(6)(x))
+
+
 class Lifted(nn.Module):
     @nn.compact
     def __call__(self, x, train):
@@ -258,8 +311,10 @@ def test_what_cannot_be_done_is_refused():
         run_quarter(Net(functools.partial(VirtualBatches, memorized, 2)), tx, data)
     with pytest.raises(ValueError, match=r"whole examples, got 0.3 of 32"):
         run(Net(), tx, data, double_forward_fraction=0.3)
-    with pytest.raises(ValueError, match="axis=0 of MemorizedBatchNorm"):
+    with pytest.raises(ValueError, match=r"needs the 32 examples of the batch.* with axis=0 got"):
         run_quarter(Net(functools.partial(memorized, axis=0)), tx, data)
+    with pytest.raises(ValueError, match=r"in their order, on the first axis.*shape \(64, 6\)"):
+        run_quarter(TwoViews(), tx, data)
     with pytest.raises(ValueError, match=r"VmapMemorizedBatchNorm_0.*in their variable_axes"):
         run_quarter(Lifted(), tx, data, "rewrite")
     for options, message in (
@@ -301,6 +356,6 @@ def test_the_part_is_recorded_while_it_is_asked_for():
         _, updates = model.apply(variables, x, train=True, mutable=["batch_stats", BATCH_MOMENTS])
         return set(updates[BATCH_MOMENTS]["MemorizedBatchNorm_0"])
 
-    with record_part(0.5):
+    with record_part(32, 16):
         assert recorded() == {"moments", "moments_of_part"}
     assert recorded() == {"moments"}

@@ -51,6 +51,7 @@ DIGITS = str(ROOT / "configs" / "digits.py")
             ["--config.double_forward_fraction=0.5", "--config.norm.name=batch"],
             "needs norm.name of memorized, averaged without norm.virtual_batch_size, got 'batch'",
         ),
+        (["--config.norm.transport_scale=False"], "a kind of double_forward='transport', got 'rew"),
         (
             ["--config.batch_size=8", "--config.double_forward_fraction=0.5"],
             "must leave whole examples, got 0.5 of 1 examples on a device",

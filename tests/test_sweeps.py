@@ -16,12 +16,11 @@ import pandas as pd
 import pytest
 from optuna.trial import TrialState
 
-from mbn_jax import program as program_module
 from mbn_jax.config import default_config
 from mbn_jax.config_files import parse_config
 from mbn_jax.errors import UserError
 from mbn_jax.main import report_command, sweep_command
-from mbn_jax.program import Programs, is_short_of_memory_maps
+from mbn_jax.program import Programs
 from mbn_jax.reporting import read_metrics
 from mbn_jax.sweeps import Figure, Sweep
 from mbn_jax.sweeps import runner as runner_module
@@ -133,15 +132,6 @@ def test_members_that_differ_in_numbers_share_one_compilation(write_sweep, tmp_p
     # Another memory, another result: the numbers reach the program.
     assert results[results["last"]].groupby("norm.memory_size")["train_loss"].mean().nunique() == 8
     assert results[results["last"]]["train_loss"].nunique() == 24
-
-
-def test_programs_are_dropped_before_memory_maps_run_out(write_sweep, tmp_path, monkeypatch):
-    assert not is_short_of_memory_maps()
-    monkeypatch.setattr(program_module, "is_short_of_memory_maps", lambda: True)
-    path = write_sweep({"norm.epsilon": (1e-5,)}, seeds=2)
-    runner, study = open_sweep(path, [], None, tmp_path / "sweep", devices=jax.devices()[:1])
-    assert runner.run(study) == {"finished": 2}
-    assert runner.step_compilations == 2  # Two seeds of one program, which was dropped between.
 
 
 def test_rates_decays_and_seeds_are_numbers_too(write_sweep, tmp_path):

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from mbn_jax import experiment as experiment_module
+from mbn_jax import program as program_module
 from mbn_jax.batch_stats import pool_batch_stats
 from mbn_jax.checkpoints import Checkpoints
 from mbn_jax.config import default_config, traced_values
@@ -286,6 +287,16 @@ def test_fields_of_the_second_forward_reach_the_step_and_the_layers(config, monk
     assert found.items() >= fields.items()
     assert not build_norm(config, 8, 10)(use_running_average=True).transport_scale
     assert "transport of 0.5 of the batch every 3 steps" in run_title(config)
+
+
+def test_programs_are_dropped_before_memory_maps_run_out(config, monkeypatch):
+    programs, other = Programs(), with_fields(config, {"norm.epsilon": 1e-3}, "the test")
+    for share, kept in ((1e9, True), (0.0, False)):
+        monkeypatch.setattr(program_module, "MAX_SHARE_OF_MEMORY_MAPS", share)
+        first = programs.get(config)
+        assert programs.get(config) is first  # It compiles nothing, and drops nothing.
+        programs.get(other)
+        assert (programs.get(config) is first) == kept
 
 
 TWO_DEVICES = Programs(jax.devices()[:2])

@@ -140,9 +140,9 @@ def test_one_bad_update_does_not_spoil_the_memory():
 
 @pytest.mark.parametrize("var", [0.0, 1e-12, 1.0])
 def test_bounds_of_the_shift(var):
-    slots = Moments(jnp.zeros((2, 1)), jnp.full((2, 1), var), jnp.ones((2, 1)))
-    before = Moments(jnp.zeros(1), jnp.full(1, var), jnp.ones(1))
-    after = Moments(jnp.full(1, -50.0), jnp.full(1, 90.0), jnp.ones(1))
+    slots = Moments(jnp.zeros((2, 1)), jnp.full((2, 1), var), jnp.full((2, 1), 8.0))
+    before = Moments(jnp.zeros(1), jnp.full(1, var), jnp.full(1, 8.0))
+    after = Moments(jnp.full(1, -50.0), jnp.full(1, 90.0), jnp.full(1, 8.0))
     moved = transport(slots, before, after, 1e-5)
     np.testing.assert_allclose(moved.mean, -np.sqrt(var + 1e-5), rtol=1e-5)
     np.testing.assert_allclose(moved.var, 2 * var, rtol=1e-6)
