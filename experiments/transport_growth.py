@@ -4,10 +4,12 @@
         --config.dataset.data_dir=WHERE_CIFAR10_IS
 
 Three times in a run it takes the statistics that the last batches have in every norm layer, lets
-the updates move them step by step, and compares them with what the same batches have under the
-current parameters: no sampling noise, only what the moving missed. A table for each batch size,
-with mean and 95 % interval over seeds of the root mean square over batches and channels, averaged
-over layers and the three times.
+the updates move them step by step, and compares them with what the same batches have in the
+current network: their own sampling noise is no part of it, only what the moving missed. (The
+network is its parameters and its memories: behind the first norm, inputs drift too as batches enter
+and leave the memories before, which no update caused and no shift tells of.) A table for each batch
+size, with mean and 95 % interval over seeds of the root mean square over batches and channels,
+averaged over layers and the three times.
 
 * stays: not moved at all, as in 'off' and 'rewrite'
 * moved: by the shift of the batch that was trained on, scale and offset, as in 'transport'
@@ -123,9 +125,9 @@ def _by_layer(recorded) -> dict[str, Moments]:
     return {path: moments for path, (moments,) in calls.items() if path.endswith("/moments")}
 
 
-def factor(start: Moments, moved: Moments, now: Moments) -> np.ndarray:
+def factor(start: Moments, moved: Moments, now: Moments, epsilon: float) -> np.ndarray:
     """Returns the sums (moved x real, moved x moved) of a layer's displacements of the means."""
-    unit = np.sqrt(now.var)
+    unit = np.sqrt(now.var + epsilon)
     real, predicted = (now.mean - start.mean) / unit, (moved.mean - start.mean) / unit
     return np.array([np.sum(real * predicted), np.sum(predicted * predicted)])
 
@@ -134,7 +136,7 @@ def run(
     config: ConfigDict, program: Program, observer: Observer
 ) -> dict[tuple[str, str, int], float]:
     """Returns the errors of one seed, by (what, rule, age)."""
-    devices, experiment = program.devices, program.experiment
+    devices, experiment, epsilon = program.devices, program.experiment, config.norm.epsilon
     values = replicate(traced_values(config), devices)
     state = replicate(program.initial_state(config), devices)
     data = program.data(experiment.train)
@@ -160,14 +162,14 @@ def run(
             host = jax.device_get(first_device(slots))
             for name, layers in host.items():
                 errors = [
-                    statistics_error(m.mean, m.var, now[layer], config.norm.epsilon)
+                    statistics_error(m.mean, m.var, now[layer], epsilon)
                     for layer, m in layers.items()
                 ]
                 for what in errors[0]:
                     mean = float(np.mean([error[what] for error in errors]))
                     found.setdefault((what, name, age), []).append(mean)
             at_start = jax.device_get(first_device(start))
-            sums[age] += [factor(at_start[x], host[MOVED][x], now[x]) for x in now]
+            sums[age] += [factor(at_start[x], host[MOVED][x], now[x], epsilon) for x in now]
     result = {key: float(np.mean(x)) for key, x in found.items()}
     for age, parts in sums.items():
         product, square = np.sum(parts, 0)

@@ -10,7 +10,7 @@ from mbn_jax.statistics import Array, Moments, abs_sq, is_usable
 class AveragedBatchNorm(PooledBatchNorm):
     """Batch normalization by the pool of all batches so far, each `decay` times the next newer one.
 
-    What `MemorizedBatchNorm` does with weights decay^i and no end to its memory, in two vectors
+    What `MemorizedBatchNorm` does with weights decay^i and no end to its memory, in three vectors
     instead of slots:
 
         w    <- decay w + 1        a = 1 / w

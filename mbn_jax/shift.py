@@ -45,7 +45,8 @@ class ShiftMeter:
           'shift_mean', 'shift_std' and 'shift_kl' of the next update (see
           `mbn_jax.diagnostics.update_shift`), and 'error_mean' and 'error_log_variance' of the
           statistics for inference against those of the training split, augmented as in training
-          (see `statistics_error`): the average over layers, and '/LAYER' for each.
+          (see `statistics_error`): the average over layers, and '/LAYER' for each. The shift is
+          that of the whole batch, whatever part of it the run sends forward twice.
         """
         values = replicate(config_lib.traced_values(config), self._program.devices)
         split = self._experiment.train
