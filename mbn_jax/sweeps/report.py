@@ -135,13 +135,17 @@ def draw(
     height = -(-len(panels) // columns)
     size = (max(6.4, 3.6 * columns), 3.8 * height + 0.4)
     canvas = Canvas(figsize=size, layout="constrained")
-    grid = canvas.subplots(height, columns, squeeze=False, sharex=True, sharey=True)
+    # Runs of one panel may be longer than those of another.
+    shares_x = figure["x"] != "step"
+    grid = canvas.subplots(height, columns, squeeze=False, sharex=shares_x, sharey=True)
     for unused in grid.flat[len(panels) :]:
         unused.set_visible(False)
     for panel, plot in zip(panels, grid.flat, strict=False):
         part = rows if panel is None else rows[rows[figure["panels"]] == panel]
         for i, line in enumerate(lines):
             selected = part if line is None else part[part[figure["lines"]] == line]
+            if selected[figure["y"]].isna().all():  # Group normalization has no statistics.
+                continue
             style = {
                 "color": COLORS[i % len(COLORS)],
                 "marker": MARKERS[i % len(MARKERS)],
@@ -157,7 +161,8 @@ def draw(
         if panel is not None:
             plot.set_title(f"{_label(figure['panels'])} {panel}", fontsize=10)
         plot.set(xlabel=_label(figure["x"]), ylabel=_label(figure["y"]))
-        plot.label_outer()
+        if shares_x:
+            plot.label_outer()
         if figure["log_y"]:
             plot.set_yscale("log")
             low, high = plot.get_ylim()
