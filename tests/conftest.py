@@ -6,6 +6,8 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=8"
+    # Compiling takes most of the time of the tests, and each program runs for a moment.
+    " --xla_backend_optimization_level=0"
     # Eight devices on a busy machine of two cores may keep each other waiting for long.
     " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
