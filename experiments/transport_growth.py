@@ -34,9 +34,9 @@ from scipy import stats
 from mbn_jax.config import traced_values
 from mbn_jax.config_files import parse_config
 from mbn_jax.diagnostics import statistics_error
-from mbn_jax.normalization import BATCH_MOMENTS, FIRST_BATCH_MOMENTS
 from mbn_jax.parallel import first_device, replicate
 from mbn_jax.program import Program, Programs
+from mbn_jax.recording import BATCH_MOMENTS, FIRST_BATCH_MOMENTS
 from mbn_jax.statistics import Moments, transport
 
 AGES = (1, 4, 16, 64, 256)

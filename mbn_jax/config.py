@@ -13,10 +13,11 @@ from ml_collections import ConfigDict
 from mbn_jax.double_forward import DOUBLE_FORWARD
 from mbn_jax.errors import UserError
 from mbn_jax.models import MODELS
-from mbn_jax.normalization import GRADIENTS, rows_of_part
+from mbn_jax.normalization import GRADIENTS
 from mbn_jax.norms import NORMS, NORMS_WITH_MEMORY, SYNCS, synced_devices
 from mbn_jax.optimizers import OPTIMIZERS, SCHEDULES
 from mbn_jax.parallel import RUNTIMES
+from mbn_jax.recording import rows_of_part
 
 MAX_MEMORY_SIZE = 1 << 16
 

@@ -15,7 +15,7 @@ from flax import struct, traverse_util
 from jax import lax
 
 from mbn_jax.batch_stats import layers_with_statistics
-from mbn_jax.normalization import (
+from mbn_jax.recording import (
     BATCH_MOMENTS,
     FIRST_BATCH_MOMENTS,
     FIRST_USED,

@@ -10,9 +10,9 @@ from mbn_jax.diagnostics import statistics_error, update_shift
 from mbn_jax.double_forward import TrainState
 from mbn_jax.experiment import Batch
 from mbn_jax.norm_inputs import record_norm_inputs
-from mbn_jax.normalization import BATCH_MOMENTS, FIRST_BATCH_MOMENTS
 from mbn_jax.norms import LAYERS
 from mbn_jax.parallel import AXIS_NAME, first_device, replicate
+from mbn_jax.recording import BATCH_MOMENTS, FIRST_BATCH_MOMENTS
 from mbn_jax.statistics import Moments
 
 if TYPE_CHECKING:

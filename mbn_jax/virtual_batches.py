@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mbn_jax.batch_stats import pool_batch_stats
-from mbn_jax.normalization import BATCH_MOMENTS, FIRST_BATCH_MOMENTS, part_to_record
+from mbn_jax.recording import BATCH_MOMENTS, FIRST_BATCH_MOMENTS, part_to_record
 from mbn_jax.statistics import Array
 
 

@@ -14,8 +14,8 @@ from stepping import batches as any_batches
 from mbn_jax import MemorizedBatchNorm, TrainState, make_train_step
 from mbn_jax.averaged import AveragedBatchNorm
 from mbn_jax.batch_renorm import BatchRenorm
-from mbn_jax.normalization import BATCH_MOMENTS, record_part
 from mbn_jax.parallel import AXIS_NAME, map_over_devices, replicate
+from mbn_jax.recording import BATCH_MOMENTS, record_part
 from mbn_jax.virtual_batches import VirtualBatches
 
 batches = functools.partial(any_batches, size=32)
@@ -184,8 +184,9 @@ def test_masked_examples_of_the_part_tell_nothing(kept):
     jax.tree.map(np.testing.assert_array_equal, *(end.batch_stats for end in ends))
     first = run(Masked(), tx, jnp.concatenate([data, keep], -1), "off")
     difference = np.abs(stats_of(ends[0])["mean"] - stats_of(first)["mean"])[:3].max()
-    # Four values tell more of their noise than of the shift.
-    assert difference > 0.01 if kept > 4 else difference == 0
+    # Four values tell more of their noise than of the shift: nothing moves, but for the rounding of
+    # moments in two programs.
+    assert difference > 0.01 if kept > 4 else difference < 1e-6
 
 
 def test_a_layer_called_twice_moves_by_the_part_of_each_call():

@@ -16,8 +16,9 @@ from flax import linen as nn
 from mbn_jax import MemorizedBatchNorm
 from mbn_jax.averaged import AveragedBatchNorm
 from mbn_jax.batch_renorm import BatchRenorm
-from mbn_jax.normalization import BATCH_MOMENTS, statistics_with_gradient
+from mbn_jax.normalization import statistics_with_gradient
 from mbn_jax.norms import Affine
+from mbn_jax.recording import BATCH_MOMENTS
 from mbn_jax.statistics import Moments, memory_weights, pool
 
 EPSILON = 1e-5

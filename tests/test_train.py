@@ -290,8 +290,9 @@ def test_fields_of_the_second_forward_reach_the_step_and_the_layers(config, monk
 
 
 def test_programs_are_dropped_before_memory_maps_run_out(config, monkeypatch):
-    programs, other = Programs(), with_fields(config, {"norm.epsilon": 1e-3}, "the test")
+    other = with_fields(config, {"norm.epsilon": 1e-3}, "the test")
     for share, kept in ((1e9, True), (0.0, False)):
+        programs = Programs()
         monkeypatch.setattr(program_module, "MAX_SHARE_OF_MEMORY_MAPS", share)
         first = programs.get(config)
         assert programs.get(config) is first  # It compiles nothing, and drops nothing.

@@ -12,8 +12,8 @@ from stepping import Net, batches, changing, loss_fn, memorized, moments, run, s
 
 from mbn_jax import MemorizedBatchNorm, TrainState, make_train_step
 from mbn_jax.averaged import AveragedBatchNorm
-from mbn_jax.normalization import BATCH_MOMENTS, FIRST_BATCH_MOMENTS
 from mbn_jax.parallel import AXIS_NAME, map_over_devices, replicate, split_over_devices
+from mbn_jax.recording import BATCH_MOMENTS, FIRST_BATCH_MOMENTS
 from mbn_jax.statistics import Moments, transport
 from mbn_jax.virtual_batches import VirtualBatches
 
