@@ -131,7 +131,7 @@ def draw(
         rows = rows[rows[axis] == value]
     panels = axes[figure["panels"]] if figure["panels"] else [None]
     lines = axes[figure["lines"]] if figure["lines"] else [None]
-    columns = min(len(panels), 3)
+    columns = 2 if len(panels) == 4 else min(len(panels), 3)
     height = -(-len(panels) // columns)
     size = (max(6.4, 3.6 * columns), 3.8 * height + 0.4)
     canvas = Canvas(figsize=size, layout="constrained")
