@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from mbn_jax.double_forward import DOUBLE_FORWARD
+from mbn_jax.double_forward import DOUBLE_FORWARD, check_second_forward
 from mbn_jax.errors import UserError
 from mbn_jax.models import MODELS
 from mbn_jax.normalization import GRADIENTS
@@ -160,7 +160,6 @@ def validate(config: ConfigDict) -> None:
         "eval_batch_size",
         "log_every_steps",
         "keep_checkpoints",
-        "double_forward_every",
     ):
         _number(config, field, "1 or more", lambda value: value >= 1)
     for field in (
@@ -189,8 +188,7 @@ def validate(config: ConfigDict) -> None:
         _number(config, field, "more than 0", lambda value: value > 0)
     for field in ("norm.momentum", "optimizer.momentum"):
         _number(config, field, "in [0, 1)", lambda value: 0 <= value < 1)
-    for field in ("norm.decay", "double_forward_fraction"):
-        _number(config, field, "in (0, 1]", lambda value: 0 < value <= 1)
+    _number(config, "norm.decay", "in (0, 1]", lambda value: 0 < value <= 1)
     _number(config, "seed", "below 2^31", lambda value: value < 2**31)
 
     renorm = config.norm.batch_renorm
@@ -226,12 +224,12 @@ def validate(config: ConfigDict) -> None:
             f"double_forward='transport' moves memories and needs norm.name of "
             f"{', '.join(NORMS_WITH_MEMORY)}, got {norm.name!r}; others take 'rewrite'."
         )
-    thinned = config.double_forward_fraction < 1 or config.double_forward_every > 1
-    if thinned and config.double_forward == "off":
-        raise UserError(
-            "double_forward_fraction and double_forward_every need a second forward, and "
-            "double_forward is 'off'."
+    try:
+        check_second_forward(
+            config.double_forward, config.double_forward_fraction, config.double_forward_every
         )
+    except ValueError as error:
+        raise UserError(str(error)) from error
     if not norm.transport_scale and config.double_forward != "transport":
         raise UserError(
             "norm.transport_scale=False is a kind of double_forward='transport', got "

@@ -81,6 +81,21 @@ class TrainState(struct.PyTreeNode):
         )
 
 
+def check_second_forward(double_forward: str, fraction: float, every: int) -> None:
+    """Raises ValueError where these options of `make_train_step` are impossible."""
+    if double_forward not in DOUBLE_FORWARD:
+        raise ValueError(f"double_forward must be one of {DOUBLE_FORWARD}, got {double_forward!r}.")
+    if not 0 < fraction <= 1:
+        raise ValueError(f"double_forward_fraction must be in (0, 1], got {fraction}.")
+    if every < 1:
+        raise ValueError(f"double_forward_every must be 1 or more, got {every}.")
+    if double_forward == "off" and (fraction, every) != (1, 1):
+        raise ValueError(
+            "double_forward_fraction and double_forward_every need a second forward, and "
+            "double_forward is 'off'."
+        )
+
+
 def make_train_step(
     apply_fn: Callable,
     tx: optax.GradientTransformation,
@@ -153,19 +168,7 @@ def make_train_step(
     >>> int(state.step), round(float(metrics['loss']), 3)
     (1, 2.0)
     """
-    if double_forward not in DOUBLE_FORWARD:
-        raise ValueError(f"double_forward must be one of {DOUBLE_FORWARD}, got {double_forward!r}.")
-    if not 0 < double_forward_fraction <= 1:
-        raise ValueError(
-            f"double_forward_fraction must be in (0, 1], got {double_forward_fraction}."
-        )
-    if double_forward_every < 1:
-        raise ValueError(f"double_forward_every must be 1 or more, got {double_forward_every}.")
-    if double_forward == "off" and (double_forward_fraction, double_forward_every) != (1, 1):
-        raise ValueError(
-            "double_forward_fraction and double_forward_every need a second forward, and "
-            "double_forward is 'off'."
-        )
+    check_second_forward(double_forward, double_forward_fraction, double_forward_every)
 
     def train_step(state: TrainState, batch: PyTree):
         if any(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(batch)):

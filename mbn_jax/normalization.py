@@ -284,8 +284,9 @@ class PooledBatchNorm(BatchStatisticsNorm):
             d_max=self.d_max,
         )
         if not self.is_initializing():
-            if part_to_record() is not None:
-                part, part_mask = self._part(x, axes, mask)
+            wanted = part_to_record()
+            if wanted is not None:
+                part, part_mask = self._part(x, axes, mask, *wanted)
                 moments = self._batch_moments(part, axes, part_mask, guess, is_known)
                 self.sow(BATCH_MOMENTS, PART, moments)
             self.sow(BATCH_MOMENTS, WHOLE, batch)
@@ -295,9 +296,8 @@ class PooledBatchNorm(BatchStatisticsNorm):
                 variable.value = lax.stop_gradient(value)
         return self._normalize(x, mean, var, axes, feature_axes)
 
-    def _part(self, x: Array, axes: tuple[int, ...], mask: Array | None):
-        """Returns the first part of the batch, and of its mask."""
-        size, rows = cast(tuple[int, int], part_to_record())
+    def _part(self, x: Array, axes: tuple[int, ...], mask: Array | None, size: int, rows: int):
+        """Returns the first `rows` of the `size` examples of the batch, and of its mask."""
         if 0 not in axes or x.shape[0] != size:
             raise ValueError(
                 f"double_forward_fraction needs the {size} examples of the batch, in their order, "

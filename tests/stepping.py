@@ -9,6 +9,7 @@ import numpy as np
 import optax
 
 from mbn_jax import MemorizedBatchNorm, TrainState, make_train_step
+from mbn_jax.parallel import AXIS_NAME, map_over_devices, replicate
 
 memorized = functools.partial(MemorizedBatchNorm, memory_size=4, decay=0.9)
 
@@ -58,3 +59,17 @@ def stats_of(state, name="MemorizedBatchNorm_0"):
 
 def moments(x):
     return x.mean(0), x.var(0)
+
+
+def run_on_devices(model, tx, data, count, mode="transport", **options):
+    """Trains on `data`, batches split as `[devices, ...]`; returns the state of all devices."""
+    variables = model.init(jax.random.key(0), data[0][0], train=False)
+    devices = jax.devices()[:count]
+    state = replicate(TrainState.create(variables, tx, jax.random.key(1)), devices)
+    step = make_train_step(
+        model.apply, tx, loss_fn, double_forward=mode, axis_name=AXIS_NAME, **options
+    )
+    step = map_over_devices(step, devices=devices)
+    for x in data:
+        state, _ = step(state, x)
+    return state

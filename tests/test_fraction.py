@@ -8,13 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from stepping import Net, changing, loss_fn, memorized, moments, run, stats_of
+from stepping import Net, changing, loss_fn, memorized, moments, run, run_on_devices, stats_of
 from stepping import batches as any_batches
 
 from mbn_jax import MemorizedBatchNorm, TrainState, make_train_step
 from mbn_jax.averaged import AveragedBatchNorm
 from mbn_jax.batch_renorm import BatchRenorm
-from mbn_jax.parallel import AXIS_NAME, map_over_devices, replicate
+from mbn_jax.parallel import AXIS_NAME, first_device
 from mbn_jax.recording import BATCH_MOMENTS, record_part
 from mbn_jax.virtual_batches import VirtualBatches
 
@@ -142,26 +142,15 @@ def test_inference_on_the_part_is_the_second_forward(norm, mode):
 def test_devices_pool_their_parts(mode):
     norm = functools.partial(memorized, axis_name=AXIS_NAME)
     model, tx, data = Net(norm), optax.sgd(0.2), batches(3)
-    variables = model.init(jax.random.key(0), data[0], train=False)
-    state = TrainState.create(variables, tx, jax.random.key(1))
-    ends = []
-    for count in (1, 2):
-        step = make_train_step(
-            model.apply,
-            tx,
-            loss_fn,
-            double_forward=mode,
-            double_forward_fraction=0.25,
-            axis_name=AXIS_NAME,
+    # The first examples of both devices come first on the one.
+    blocks = data.reshape(3, 4, 2, 4, 5)
+    split = {1: blocks.reshape(3, 1, 32, 5), 2: blocks.swapaxes(1, 2).reshape(3, 2, 16, 5)}
+    ends = [
+        first_device(
+            run_on_devices(model, tx, x, count, mode, double_forward_fraction=0.25).batch_stats
         )
-        devices = jax.devices()[:count]
-        step, end = map_over_devices(step, devices=devices), replicate(state, devices)
-        for x in data:
-            # The first examples of both devices come first on the one.
-            x = x.reshape(4, 2, 4, 5)
-            x = x.reshape(1, 32, 5) if count == 1 else x.swapaxes(0, 1).reshape(2, 16, 5)
-            end, _ = step(end, x)
-        ends.append(jax.tree.map(lambda x: x[0], end.batch_stats))
+        for count, x in split.items()
+    ]
     # Sums over devices in another order.
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5), *ends)
 
@@ -231,19 +220,14 @@ def test_a_second_forward_in_every_other_step(mode):
 def test_devices_agree_on_the_steps_without_a_second_forward():
     norm = functools.partial(memorized, axis_name=AXIS_NAME)
     model, tx, data = Net(norm), optax.sgd(0.2), batches(4)
-    variables = model.init(jax.random.key(0), data[0], train=False)
-    state = TrainState.create(variables, tx, jax.random.key(1))
-    options = {"double_forward": "transport", "double_forward_every": 2, "axis_name": AXIS_NAME}
-    ends = []
-    for count in (1, 2):
-        devices = jax.devices()[:count]
-        step = map_over_devices(
-            make_train_step(model.apply, tx, loss_fn, **options), devices=devices
+    ends = [
+        first_device(
+            run_on_devices(
+                model, tx, data.reshape(4, count, -1, 5), count, double_forward_every=2
+            ).batch_stats
         )
-        end = replicate(state, devices)
-        for x in data:
-            end, _ = step(end, x.reshape(count, -1, 5))
-        ends.append(jax.tree.map(lambda x: x[0], end.batch_stats))
+        for count in (1, 2)
+    ]
     # Sums over devices in another order.
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5), *ends)
 

@@ -8,11 +8,27 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from stepping import Net, batches, changing, loss_fn, memorized, moments, run, stats_of
+from stepping import (
+    Net,
+    batches,
+    changing,
+    loss_fn,
+    memorized,
+    moments,
+    run,
+    run_on_devices,
+    stats_of,
+)
 
 from mbn_jax import MemorizedBatchNorm, TrainState, make_train_step
 from mbn_jax.averaged import AveragedBatchNorm
-from mbn_jax.parallel import AXIS_NAME, map_over_devices, replicate, split_over_devices
+from mbn_jax.parallel import (
+    AXIS_NAME,
+    first_device,
+    map_over_devices,
+    replicate,
+    split_over_devices,
+)
 from mbn_jax.recording import BATCH_MOMENTS, FIRST_BATCH_MOMENTS
 from mbn_jax.statistics import Moments, transport
 from mbn_jax.virtual_batches import VirtualBatches
@@ -301,24 +317,13 @@ def test_eight_devices_move_as_one(virtual):
     if virtual:  # Of two groups on each device, each over all devices.
         norm = functools.partial(VirtualBatches, norm, 2)
     model, tx, data = Net(norm), optax.sgd(0.2), batches(4, size=32)
-    variables = model.init(jax.random.key(0), data[0], train=False)
-    state = TrainState.create(variables, tx, jax.random.key(1))
-    ends = []
-    for count in (1, 8):
-        step = make_train_step(
-            model.apply, tx, loss_fn, double_forward="transport", axis_name=AXIS_NAME
-        )
-        devices = jax.devices()[:count]
-        step = map_over_devices(step, devices=devices)
-        end = replicate(state, devices)
-        for x in data:
-            if virtual:  # So that a group holds the same examples on one device as on eight.
-                x = x.reshape(count, 2, -1, 5) if count == 1 else x.reshape(2, 8, 2, 5)
-                x = x.reshape(1, 32, 5) if count == 1 else x.swapaxes(0, 1).reshape(8, 4, 5)
-            else:
-                x = split_over_devices(x, devices=devices)
-            end, _ = step(end, x)
-        ends.append(jax.tree.map(lambda x: x[0], end.batch_stats))
+    split = data.reshape(4, 8, 4, 5)
+    if virtual:  # So that a group holds the same examples on one device as on eight.
+        split = data.reshape(4, 2, 8, 2, 5).swapaxes(1, 2).reshape(4, 8, 4, 5)
+    ends = [
+        first_device(run_on_devices(model, tx, x, count).batch_stats)
+        for count, x in ((1, data[:, None]), (8, split))
+    ]
     # Sums over devices in another order.
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5), *ends)
 

@@ -126,11 +126,15 @@ def draw(
     Returns:
       The PNG.
     """
-    rows = results
+    rows, y = results, figure["y"]
     for axis, value in figure["fixed"].items():
         rows = rows[rows[axis] == value]
     panels = axes[figure["panels"]] if figure["panels"] else [None]
     lines = axes[figure["lines"]] if figure["lines"] else [None]
+    # Such as group normalization's, which has no statistics.
+    empty = [
+        x for x in lines if x is not None and rows.loc[rows[figure["lines"]] == x, y].isna().all()
+    ]
     columns = 2 if len(panels) == 4 else min(len(panels), 3)
     height = -(-len(panels) // columns)
     size = (max(6.4, 3.6 * columns), 3.8 * height + 0.4)
@@ -144,7 +148,7 @@ def draw(
         part = rows if panel is None else rows[rows[figure["panels"]] == panel]
         for i, line in enumerate(lines):
             selected = part if line is None else part[part[figure["lines"]] == line]
-            if selected[figure["y"]].isna().all():  # Group normalization has no statistics.
+            if line in empty:
                 continue
             style = {
                 "color": COLORS[i % len(COLORS)],
