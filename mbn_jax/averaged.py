@@ -3,8 +3,9 @@
 import jax.numpy as jnp
 from flax import linen as nn
 
+from mbn_jax.memory import Average
 from mbn_jax.normalization import PooledBatchNorm, is_number
-from mbn_jax.statistics import Array, Moments, abs_sq, is_usable
+from mbn_jax.statistics import Array
 
 
 class AveragedBatchNorm(PooledBatchNorm):
@@ -78,22 +79,4 @@ class AveragedBatchNorm(PooledBatchNorm):
             self.variable("batch_stats", "weight", jnp.zeros, shape, weight_dtype),
         ]
 
-        def pooled(average: Moments) -> tuple[Array, Array]:
-            return average.mean, average.var
-
-        def pushed(average: Moments, batch: Moments) -> Moments:
-            usable = is_usable(batch)
-            weight = self.decay * average.count + 1
-            share = 1 / weight
-            moved = batch.mean - average.mean
-            mean = average.mean + share * moved
-            var = (1 - share) * (average.var + share * abs_sq(moved)) + share * batch.var
-            new = Moments(mean, var, weight)
-            return Moments(
-                *(
-                    jnp.where(usable, x, old).astype(old.dtype)
-                    for x, old in zip(new, average, strict=True)
-                )
-            )
-
-        return self._normalize_by_pool(x, use_running_average, mask, average, pooled, pushed)
+        return self._normalize_by_pool(x, use_running_average, mask, average, Average(self.decay))

@@ -85,7 +85,8 @@ class BatchRenorm(BatchStatisticsNorm):
         steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
         if use_running_average:
             return self._normalize(x, mean.value, var.value, axes, feature_axes)
-        batch = self._batch_moments(x, axes, mask, mean.value, steps.value > 0)
+        center = self._center(x, axes, mask, mean.value, steps.value > 0)
+        batch = self._batch_moments(x, axes, mask, center)
         used_mean, used_var = statistics_with_gradient(
             batch,
             mean.value,
@@ -103,4 +104,6 @@ class BatchRenorm(BatchStatisticsNorm):
             new_var = jnp.where(seen, lax.square(sigma), var.value).astype(var_dtype)
             mean.value, var.value = lax.stop_gradient((new_mean, new_var))
             steps.value = steps.value + 1
-        return self._normalize(x, used_mean, used_var, axes, feature_axes)
+        if center is None:
+            center = batch.mean
+        return self._normalize(x, used_mean, used_var, axes, feature_axes, center)

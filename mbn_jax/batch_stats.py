@@ -11,15 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from mbn_jax.statistics import (
-    Array,
-    Moments,
-    Schedule,
-    memory_rule,
-    memory_weights,
-    pool,
-    pool_groups,
-)
+from mbn_jax.memory import Slots, memory_rule
+from mbn_jax.statistics import Array, Moments, Schedule, pool_groups
 
 PyTree = Any
 
@@ -84,7 +77,8 @@ def inference_statistics(
         return mean, var
     slots = Moments(mean, var, layer_stats["count"])
     last = jnp.maximum(layer_stats.get("steps", 0) - 1, 0)
-    return pool(slots, memory_weights(slots.count, *memory_rule(memory_size, decay, last)))
+    mean, var, _ = Slots(*memory_rule(memory_size, decay, last)).pooled(slots)
+    return mean, var
 
 
 def pool_batch_stats(batch_stats: PyTree) -> PyTree:

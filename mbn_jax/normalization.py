@@ -1,7 +1,7 @@
 """Memorized Batch Normalization as a drop-in for `flax.linen.BatchNorm`."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, TypeGuard, cast
 
 import jax
@@ -11,6 +11,7 @@ from flax.linen import dtypes
 from jax import lax
 from jax.nn import initializers
 
+from mbn_jax.memory import Average, Slots, memory_rule, pool_of_two
 from mbn_jax.recording import (
     BATCH_MOMENTS,
     FIRST_BATCH_MOMENTS,
@@ -27,10 +28,7 @@ from mbn_jax.statistics import (
     Schedule,
     batch_moments,
     first_element,
-    memory_rule,
-    memory_weights,
-    pool,
-    push,
+    is_usable,
     transport,
 )
 
@@ -59,7 +57,9 @@ def statistics_with_gradient(
 
     with r and d held constant: the backward pass is batch normalization's, scaled by r, and weights
     before the layer stay scale-invariant. Written as statistics, that is S = s_B / r in place of s
-    and M = m_B - d S in place of the mean, which have the pool's values and the batch's gradients.
+    and M = m_B - d S in place of the mean, which have the pool's values, and the gradients
+
+        dM = dm_B - (m_B - mean) / (2 s_B^2) dv_B        d(S^2) = s^2 / s_B^2 dv_B
 
     Args:
       batch: moments of the current batch, `[*F]`.
@@ -85,6 +85,15 @@ def statistics_with_gradient(
     """
     if gradient == "through":
         return mean, var
+    if r_max is None and d_max is None:
+        # r and d cancel, and no square root is left, whose gradient is infinite at 0.
+        leaning = (batch.mean - mean) / (2 * (batch.var + epsilon))
+        ratio = (var + epsilon) / (batch.var + epsilon)
+        # Of value 0: the pool's value stays to the last bit, so that training and inference agree.
+        of_mean = batch.mean - lax.stop_gradient(batch.mean)
+        of_var = batch.var - lax.stop_gradient(batch.var)
+        mean, var, leaning, ratio = lax.stop_gradient((mean, var, leaning, ratio))
+        return mean + of_mean - leaning * of_var, var + ratio * of_var
     batch_scale = jnp.sqrt(batch.var + epsilon)
     scale = jnp.sqrt(var + epsilon)
     r = lax.stop_gradient(batch_scale / scale)
@@ -96,18 +105,10 @@ def statistics_with_gradient(
         d = d * jnp.where(size > d_max, d_max / jnp.where(size > 0, size, 1), 1)
     renorm_scale = batch_scale / r
     renorm_mean = batch.mean - d * renorm_scale
-    # (batch.var + epsilon) / r^2 without the square root, whose gradient is infinite at 0.
     renorm_var = (batch.var + epsilon) / lax.square(r) - epsilon
-    if r_max is not None or d_max is not None:
-        # A feature that is masked out whole has no r and d to clip.
-        seen = batch.count > 0
-        return jnp.where(seen, renorm_mean, mean), jnp.where(seen, renorm_var, var)
-
-    def value_and_gradient_of(value: Array, other: Array) -> Array:
-        # The pool's value to the last bit, so that training and inference agree to rounding.
-        return lax.stop_gradient(value) + (other - lax.stop_gradient(other))
-
-    return value_and_gradient_of(mean, renorm_mean), value_and_gradient_of(var, renorm_var)
+    # A feature that is masked out whole has no r and d to clip.
+    seen = batch.count > 0
+    return jnp.where(seen, renorm_mean, mean), jnp.where(seen, renorm_var, var)
 
 
 class BatchStatisticsNorm(nn.Module):
@@ -172,15 +173,22 @@ class BatchStatisticsNorm(nn.Module):
             mean_dtype = jnp.promote_types(var_dtype, jnp.complex64)
         return mean_dtype, var_dtype
 
-    def _batch_moments(self, x, axes, mask, mean: Array, is_known: Array) -> Moments:
-        """Computes the batch's moments; `mean` is a guess of theirs, good where `is_known`."""
-        synced = self.axis_name is not None and not self.is_initializing()
-        center = None
-        if self.use_fast_variance:
-            center = mean
-            if not synced:  # Devices must agree on it; their first elements do not.
-                first = first_element(x, axes, mask).astype(mean.dtype)
-                center = jnp.where(is_known, mean, first)
+    def _synced(self) -> bool:
+        """Returns whether statistics are those of several devices; `init` needs no named axis."""
+        return self.axis_name is not None and not self.is_initializing()
+
+    def _center(self, x, axes, mask, mean: Array, is_known: Array) -> Array | None:
+        """Returns what to take moments around, from a `mean` that is good where `is_known`."""
+        if not self.use_fast_variance:
+            return None
+        if not self._synced():  # Devices must agree on it; their first elements do not.
+            first = first_element(x, axes, mask).astype(mean.dtype)
+            mean = jnp.where(is_known, mean, first)
+        return lax.stop_gradient(mean)
+
+    def _batch_moments(self, x, axes, mask, center: Array | None) -> Moments:
+        """Computes the batch's moments, in one pass around `center`, or in two without."""
+        synced = self._synced()
         return batch_moments(
             x,
             axes,
@@ -193,21 +201,37 @@ class BatchStatisticsNorm(nn.Module):
             force_float32_reductions=self.force_float32_reductions,
         )
 
-    def _normalize(self, x, mean, var, axes, feature_axes) -> Array:
-        """Returns (x - mean) / sqrt(var + epsilon) * scale + bias, computed as flax does."""
+    def _normalize(self, x, mean, var, axes, feature_axes, center: Array | None = None) -> Array:
+        """Returns (x - mean) / sqrt(var + epsilon) * scale + bias.
+
+        Computed as (x - center) * multiplier + shift, which is cheap. Where the moments were taken
+        around `center`, x - center is there; and the gradient of the mean comes through the shift,
+        so that the backward pass needs two sums over the data, of dy and of dy (x - center).
+
+        Args:
+          x: inputs, as `_input` returns them.
+          mean: `[*F]`.
+          var: `[*F]`.
+          axes: that are reduced.
+          feature_axes: of F.
+          center: `[*F]`, within some standard deviations of the mean, held constant; default: the
+            mean.
+        """
         feature_shape = tuple(x.shape[i] for i in feature_axes)
-        y = x - jnp.expand_dims(mean, axes)
-        multiplier = lax.rsqrt(jnp.expand_dims(var, axes) + jnp.asarray(self.epsilon, var.dtype))
+        multiplier = lax.rsqrt(var + jnp.asarray(self.epsilon, var.dtype))
         args = [x]
         if self.use_scale:
             scale = self.param("scale", self.scale_init, feature_shape, self.param_dtype)
-            multiplier *= jnp.expand_dims(scale, axes)
+            multiplier *= scale
             args.append(scale)
-        y *= multiplier
+        center = lax.stop_gradient(mean if center is None else center)
+        shift = (center - mean) * multiplier
         if self.use_bias:
             bias = self.param("bias", self.bias_init, feature_shape, self.param_dtype)
-            y += jnp.expand_dims(bias, axes)
+            shift += bias
             args.append(bias)
+        y = (x - jnp.expand_dims(center, axes)) * jnp.expand_dims(multiplier, axes)
+        y += jnp.expand_dims(shift, axes)
         return y.astype(dtypes.canonicalize_dtype(*args, dtype=self.dtype))
 
 
@@ -251,8 +275,7 @@ class PooledBatchNorm(BatchStatisticsNorm):
         use_running_average: bool,
         mask: Array | None,
         variables: Sequence[nn.Variable],
-        pooled: Callable[[Moments], tuple[Array, Array]],
-        pushed: Callable[[Moments, Moments], Moments],
+        rule: Slots | Average,
     ) -> Array:
         """Normalizes `x`, and in training keeps what it tells.
 
@@ -261,23 +284,29 @@ class PooledBatchNorm(BatchStatisticsNorm):
           use_running_average: normalize by what is kept, and keep it.
           mask: the elements that count.
           variables: what is kept: mean, var and count.
-          pooled: mean and variance of what is kept.
-          pushed: what is kept, with a batch added.
+          rule: by which.
         """
         x, axes, feature_axes = self._input(x)
         kept = lax.stop_gradient(Moments(*(variable.value for variable in variables)))
         if use_running_average:
-            return self._normalize(x, *pooled(kept), axes, feature_axes)
-        guess, _ = pooled(kept)
-        is_known = kept.count.reshape(-1, *guess.shape)[0] > 0
-        batch = self._batch_moments(x, axes, mask, guess, is_known)
+            mean, var, _ = rule.pooled(kept)
+            return self._normalize(x, mean, var, axes, feature_axes)
+        others = rule.remaining(kept), rule.leaving(kept)
+        guess = pool_of_two(*others)
+        center = self._center(x, axes, mask, guess.mean, guess.count > 0)
+        batch = self._batch_moments(x, axes, mask, center)
         first = self._first_moments()
         if first is not None:
-            kept, batch = self._moved(kept, first, batch)
-        kept = pushed(kept, batch)
+            kept, others, batch = self._moved(rule, kept, others, first, batch)
+        remaining, leaving = others
+        usable = is_usable(batch)
+        newest = batch._replace(count=jnp.ones_like(batch.count))
+        newest = Moments(*(jnp.where(usable, *pair) for pair in zip(newest, leaving, strict=True)))
+        mean, var, _ = pool_of_two(remaining, newest)
         mean, var = statistics_with_gradient(
             batch,
-            *pooled(kept),
+            mean,
+            var,
             gradient=self._gradient_rule(x, axes),
             epsilon=self.epsilon,
             r_max=self.r_max,
@@ -287,14 +316,17 @@ class PooledBatchNorm(BatchStatisticsNorm):
             wanted = part_to_record()
             if wanted is not None:
                 part, part_mask = self._part(x, axes, mask, *wanted)
-                moments = self._batch_moments(part, axes, part_mask, guess, is_known)
+                moments = self._batch_moments(part, axes, part_mask, center)
                 self.sow(BATCH_MOMENTS, PART, moments)
             self.sow(BATCH_MOMENTS, WHOLE, batch)
             if first is not None:
                 self.sow(BATCH_MOMENTS, FIRST_USED, True)
-            for variable, value in zip(variables, kept, strict=True):
+            pushed = rule.pushed(kept, batch)
+            for variable, value in zip(variables, pushed, strict=True):
                 variable.value = lax.stop_gradient(value)
-        return self._normalize(x, mean, var, axes, feature_axes)
+        if center is None:
+            center = batch.mean
+        return self._normalize(x, mean, var, axes, feature_axes, center)
 
     def _part(self, x: Array, axes: tuple[int, ...], mask: Array | None, size: int, rows: int):
         """Returns the first `rows` of the `size` examples of the batch, and of its mask."""
@@ -317,38 +349,42 @@ class PooledBatchNorm(BatchStatisticsNorm):
         return found or None
 
     def _moved(
-        self, kept: Moments, first: dict[str, tuple[Moments, ...]], batch: Moments
-    ) -> tuple[Moments, Moments]:
+        self,
+        rule: Slots | Average,
+        kept: Moments,
+        others: tuple[Moments, Moments],
+        first: dict[str, tuple[Moments, ...]],
+        batch: Moments,
+    ) -> tuple[Moments, tuple[Moments, Moments], Moments]:
         """Moves by what the update did to the inputs of this call.
 
         Args:
+          rule: by which.
           kept: what is kept.
+          others: what remains of it in the pool beside a new batch, and what leaves.
           first: what the first forward recorded.
           batch: the moments of the examples that this forward sees.
 
         Returns:
-          What is kept, moved where it is to be, and the moments of the whole batch.
+          What is kept and the others, moved where they are to be, and the moments of the whole
+          batch.
         """
         transports = WHOLE in first
         wholes = first[WHOLE if transports else WHOLE_TO_REWRITE]
-        call = len(self.get_variable(BATCH_MOMENTS, WHOLE, ()))
+        call, calls = len(self.get_variable(BATCH_MOMENTS, WHOLE, ())), len(wholes)
         before, after, whole = wholes[call], batch, batch
         if PART in first:
             before = first[PART][call]
             whole = transport(wholes[call], before, after, self.epsilon)
-        if transports:
-            kept = self._transported(kept, before, after, call, len(wholes))
-        return kept, whole
-
-    def _transported(
-        self, kept: Moments, before: Moments, after: Moments, call: int, calls: int
-    ) -> Moments:
-        """Returns what is kept, moved by a shift of the inputs of one of several calls."""
+        if not transports:
+            return kept, others, whole
         if not self.transport_scale:
             after = after._replace(var=before.var)
         moved = transport(kept, before, after, self.epsilon)
         if calls == 1:
-            return moved
+            # A pool moves as its slots do, so that they need not be pooled again.
+            remaining, leaving = (transport(x, before, after, self.epsilon) for x in others)
+            return moved, (remaining, leaving), whole
         if kept.mean.ndim == before.mean.ndim:
             raise ValueError(
                 f"{type(self).__name__} {self.name or ''} is called {calls} times in one forward; "
@@ -358,12 +394,13 @@ class PooledBatchNorm(BatchStatisticsNorm):
         age = jnp.arange(kept.mean.shape[0]) - call
         own = (age >= 0) & (age % calls == calls - 1 - call)
         own = own.reshape((-1,) + (1,) * before.mean.ndim)
-        return Moments(*(jnp.where(own, new, x) for new, x in zip(moved, kept, strict=True)))
+        kept = Moments(*(jnp.where(own, new, x) for new, x in zip(moved, kept, strict=True)))
+        return kept, (rule.remaining(kept), rule.leaving(kept)), whole
 
     def _values(self, x: Array, axes: tuple[int, ...]) -> int:
         """Returns how many values a feature has in a batch: masks ignored, over synced devices."""
         values = math.prod(x.shape[axis] for axis in axes)
-        if self.axis_name is not None and not self.is_initializing():
+        if self._synced():
             values *= lax.psum(1, self.axis_name, axis_index_groups=self.axis_index_groups)
         return values
 
@@ -461,10 +498,8 @@ class MemorizedBatchNorm(PooledBatchNorm):
             step = jnp.maximum(steps.value - 1, 0) if use_running_average else steps.value
         memory_size, decay = memory_rule(self.memory_size, self.decay, step)
 
-        def pooled(slots: Moments) -> tuple[Array, Array]:
-            return pool(slots, memory_weights(slots.count, memory_size, decay))
-
-        y = self._normalize_by_pool(x, use_running_average, mask, memory, pooled, push)
+        rule = Slots(memory_size, decay)
+        y = self._normalize_by_pool(x, use_running_average, mask, memory, rule)
         if steps is not None and not use_running_average and not self.is_initializing():
             steps.value += 1
         return y

@@ -1,4 +1,4 @@
-"""Batch moments, the memory that keeps them, and the pool that is read from it.
+"""Moments of batches, how they pool over groups, and how an update moves them.
 
 Pure functions on arrays: no module, no state, no configuration. Shapes are written with `F` for the
 feature shape (usually `(channels,)`) and `k` for the number of slots in a memory.
@@ -175,109 +175,9 @@ def first_element(x: Array, axes: Sequence[int], mask: Array | None = None) -> A
     return jnp.where(usable, sample, jnp.zeros_like(sample))
 
 
-def memory_weights(count: Array, memory_size: int | Array, decay: float | Array) -> Array:
-    """Returns the pooling weights a_0..a_{k-1} of the slots, newest first.
-
-        a_i = decay^i / sum_j decay^j,    over the filled slots i, j < memory_size
-
-    Empty slots weigh nothing, so the first steps need neither a burn-in nor a prior. The geometric
-    form is this project's choice.
-
-    Args:
-      count: `[k, *F]`, elements behind each slot; 0 = empty.
-      memory_size: slots in use, 1 to k; a number or a traced integer.
-      decay: in (0, 1]; 1 weighs all slots equally; a number or a traced float.
-
-    Returns:
-      `[k, *F]`, sums to 1 over the first axis, or all 0 where every slot is empty.
-
-    >>> memory_weights(jnp.array([8.0, 8.0, 0.0]), memory_size=3, decay=1.0).tolist()
-    [0.5, 0.5, 0.0]
-    """
-    dtype = count.dtype
-    age = jnp.arange(count.shape[0]).reshape((-1,) + (1,) * (count.ndim - 1))
-    weight = jnp.asarray(decay, dtype) ** age.astype(dtype)
-    weight = jnp.where((count > 0) & (age < memory_size), weight, 0)
-    total = weight.sum(0, keepdims=True)
-    return weight / jnp.where(total > 0, total, 1)
-
-
-def memory_rule(memory_size: Schedule, decay: Schedule, step: Array) -> tuple[Any, Any]:
-    """Returns memory size and decay at a step; a size below 1 would be no normalization.
-
-    >>> size, decay = memory_rule(lambda step: step / 10, 0.5, jnp.array(3))
-    >>> float(size), decay
-    (1.0, 0.5)
-    """
-    size = value_at(memory_size, step)
-    return jnp.maximum(size, 1) if callable(memory_size) else size, value_at(decay, step)
-
-
-def pool(slots: Moments, weights: Array) -> tuple[Array, Array]:
-    """Pools the slots of a memory by the law of total variance.
-
-        mean = sum_i a_i m_i        var = sum_i a_i (v_i + |m_i - mean|^2)
-
-    With equal weights and equal batches these are the statistics of the batches concatenated.
-
-    Args:
-      slots: `Moments` of shape `[k, *F]`.
-      weights: `[k, *F]`, from `memory_weights`.
-
-    Returns:
-      (mean, var), each `[*F]`; (0, 1) where every weight is 0: an empty memory normalizes nothing.
-
-    >>> slots = Moments(jnp.array([1.0, 3.0]), jnp.array([0.5, 0.5]), jnp.array([4.0, 4.0]))
-    >>> [float(statistic) for statistic in pool(slots, jnp.array([0.5, 0.5]))]
-    [2.0, 1.5]
-    """
-    weights = weights.astype(slots.var.dtype)
-    # Selected, not multiplied away: what is in an unused slot must not matter.
-    used = weights > 0
-    slots = slots._replace(
-        mean=jnp.where(used, slots.mean, jnp.zeros_like(slots.mean)),
-        var=jnp.where(used, slots.var, jnp.zeros_like(slots.var)),
-    )
-    # Relative to the newest slot, so that an offset common to all slots costs no digits; and the
-    # variance in its centred form, because E[m^2] - E[m]^2 would cancel.
-    newest = slots.mean[0]
-    mean = newest + (weights * (slots.mean - newest[None])).sum(0)
-    spread = jnp.where(used, abs_sq(slots.mean - mean[None]), jnp.zeros_like(slots.var))
-    var = (weights * (slots.var + spread)).sum(0)
-    filled = used.any(0)
-    mean = jnp.where(filled, mean, jnp.zeros_like(mean))
-    return mean, jnp.where(filled, var, jnp.ones_like(var))
-
-
 def is_usable(moments: Moments) -> Array:
     """Returns where moments are of something, and finite."""
     return (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)
-
-
-def push(slots: Moments, moments: Moments) -> Moments:
-    """Puts a batch's moments in front of the memory and drops the oldest slot.
-
-    A feature of which the batch had no element (`count` 0), or whose moments are not finite, keeps
-    its memory as it was: one bad batch must not blind a memory of many good ones.
-
-    Args:
-      slots: `Moments` of shape `[k, *F]`.
-      moments: `Moments` of shape `[*F]`.
-
-    Returns:
-      `Moments` of shape `[k, *F]`, in the dtypes of `slots`.
-
-    >>> empty = Moments(jnp.zeros(2), jnp.ones(2), jnp.zeros(2))
-    >>> push(empty, Moments(jnp.array(5.0), jnp.array(2.0), jnp.array(8.0))).mean.tolist()
-    [5.0, 0.0]
-    """
-    usable = is_usable(moments)
-
-    def shift(slot: Array, new: Array) -> Array:
-        shifted = jnp.concatenate([new[None].astype(slot.dtype), slot[:-1]])
-        return jnp.where(usable[None], shifted, slot)
-
-    return Moments(*map(shift, slots, moments))
 
 
 MAX_SHIFT = 1.0

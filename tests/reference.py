@@ -86,3 +86,23 @@ class ReferenceMBN:
             for value in (*self.pooled(), scale, bias)
         )
         return (x - mean) / np.sqrt(var + self.epsilon) * scale + bias
+
+
+# Unit roundoff of float32 is 6e-8; sums of tens of numbers of size 1 stay within some ten of them.
+ROUNDING = 1e-6
+
+
+def normal(shape, seed=0, mean=0.0, std=1.0, dtype=np.float32):
+    x = np.random.default_rng(seed).normal(size=(2, *shape))
+    x = x[0] + 1j * x[1] if np.issubdtype(dtype, np.complexfloating) else x[0]
+    return (mean + std * x).astype(dtype)
+
+
+def assert_moments(actual, expected, tolerance=ROUNDING):
+    """The mean's error in standard deviations, the variance's relative to itself, exact counts."""
+    mean, var, count = (np.asarray(value) for value in expected)
+    std = np.sqrt(np.where(var > 0, var, 1))
+    assert actual.mean.shape == actual.var.shape == actual.count.shape == mean.shape
+    assert np.max(np.abs(np.asarray(actual.mean) - mean) / std) <= tolerance
+    assert np.max(np.abs(np.asarray(actual.var) - var) / std**2) <= tolerance
+    np.testing.assert_array_equal(actual.count, count)

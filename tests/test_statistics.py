@@ -5,37 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference
+from reference import ROUNDING, assert_moments, normal
 
-from mbn_jax.statistics import (
-    Moments,
-    abs_sq,
-    batch_moments,
-    first_element,
-    memory_weights,
-    pool,
-    pool_groups,
-    push,
-)
-
-# Unit roundoff of float32 is 6e-8; sums of tens of numbers of size 1 stay within some ten of them.
-ROUNDING = 1e-6
-
-
-def normal(shape, seed=0, mean=0.0, std=1.0, dtype=np.float32):
-    x = np.random.default_rng(seed).normal(size=(2, *shape))
-    x = x[0] + 1j * x[1] if np.issubdtype(dtype, np.complexfloating) else x[0]
-    return (mean + std * x).astype(dtype)
-
-
-def assert_moments(actual, expected, tolerance=ROUNDING):
-    """The mean's error in standard deviations, the variance's relative to itself, exact counts."""
-    mean, var, count = (np.asarray(value) for value in expected)
-    std = np.sqrt(np.where(var > 0, var, 1))
-    assert actual.mean.shape == actual.var.shape == actual.count.shape == mean.shape
-    assert np.max(np.abs(np.asarray(actual.mean) - mean) / std) <= tolerance
-    assert np.max(np.abs(np.asarray(actual.var) - var) / std**2) <= tolerance
-    np.testing.assert_array_equal(actual.count, count)
-
+from mbn_jax.statistics import Moments, abs_sq, batch_moments, first_element, pool_groups
 
 ESTIMATORS = {
     "two_pass": {"use_fast_variance": False},
@@ -277,110 +249,6 @@ def test_double_precision_is_kept(dtype, estimator):
         assert moments.var.dtype == np.float64
         # Some ten roundoffs of 1e-16.
         assert_moments(moments, reference.moments(x), 1e-14)
-
-
-# Memory: weights, push, pool.
-
-
-@pytest.mark.parametrize("decay", [1.0, 0.9, 0.3])
-@pytest.mark.parametrize(
-    ("filled", "memory_size"), [(0, 5), (1, 5), (3, 5), (5, 5), (5, 2), (5, 1)]
-)
-def test_weights_are_geometric_over_the_slots_in_use(decay, filled, memory_size):
-    count = jnp.where(jnp.arange(5) < filled, 8.0, 0.0)
-    expected = np.zeros(5)
-    used = min(filled, memory_size)
-    if used:
-        expected[:used] = reference.weights(used, decay)
-    for cast in (lambda x: x, jnp.asarray):
-        actual = memory_weights(count, cast(memory_size), cast(decay))
-        np.testing.assert_allclose(actual, expected, rtol=ROUNDING)
-
-
-def test_weights_are_per_feature():
-    count = jnp.array([[8.0, 8.0, 0.0], [8.0, 0.0, 0.0]])
-    np.testing.assert_array_equal(memory_weights(count, 2, 1.0), [[0.5, 1, 0], [0.5, 0, 0]])
-
-
-def filled_memory(batches, **options):
-    """The memory after `batches`, the last one newest."""
-    shape = (len(batches), batches[0].shape[-1])
-    slots = Moments(jnp.zeros(shape), jnp.ones(shape), jnp.zeros(shape))
-    for batch in batches:
-        slots = push(slots, batch_moments(batch, (0,), use_fast_variance=False, **options))
-    return slots
-
-
-@pytest.mark.parametrize("k", [1, 2, 7, 64])
-def test_pool_is_the_statistics_of_the_batches_concatenated(k):
-    batches = [
-        normal((16, 3), seed=i, mean=normal((3,), seed=99 + i), std=1 + i % 3) for i in range(k)
-    ]
-    slots = filled_memory(batches)
-    mean, var = pool(slots, memory_weights(slots.count, k, 1.0))
-    pooled = Moments(mean, var, slots.count.sum(0))
-    assert_moments(pooled, reference.moments(np.concatenate(batches)))
-
-
-def test_pool_is_exact_far_from_zero():
-    # Representing and summing a mean costs some 2 * ratio roundoffs of a standard deviation, and
-    # the variance twice that times the slots' spread (1/8). E[m^2] - E[m]^2 would lose 6 %.
-    ratio = 1000
-    batches = [normal((64, 3), seed=i, mean=ratio) for i in range(8)]
-    slots = filled_memory(batches)
-    mean, var = pool(slots, memory_weights(slots.count, 8, 1.0))
-    expected = reference.moments(np.concatenate(batches))
-    assert np.max(np.abs(mean - expected[0]) / np.sqrt(expected[1])) <= 2 * ratio * 6e-8
-    assert np.max(np.abs(var / expected[1] - 1)) <= 2 / 8 * 2 * ratio * 6e-8
-
-
-@pytest.mark.parametrize("decay", [1.0, 0.9])
-def test_slots_that_agree_pool_to_what_they_agree_on(decay):
-    means = jnp.tile(jnp.array([1000.1, -0.3, 7e-8]), (7, 1))
-    slots = Moments(means, jnp.full((7, 3), 2.5), jnp.full((7, 3), 8.0))
-    mean, var = pool(slots, memory_weights(slots.count, 7, decay))
-    # To the bit: an offset that is common to all slots costs no digits.
-    np.testing.assert_array_equal(mean, means[0])
-    np.testing.assert_allclose(var, [2.5] * 3, rtol=ROUNDING)
-
-
-def test_geometric_pool_and_complex_means():
-    means, variances = normal((4, 3), dtype=np.complex64), np.abs(normal((4, 3), seed=1))
-    slots = Moments(*map(jnp.asarray, (means, variances, np.full((4, 3), 8, np.float32))))
-    mean, var = pool(slots, memory_weights(slots.count, 4, 0.6))
-    expected = reference.total_variance(reference.weights(4, 0.6), means, np.float64(variances))
-    assert var.dtype == jnp.float32
-    np.testing.assert_allclose(mean, expected[0], atol=ROUNDING)
-    np.testing.assert_allclose(var, expected[1], rtol=ROUNDING)
-
-
-def test_empty_memory_pools_to_the_identity():
-    garbage = Moments(jnp.full((2, 3), 7.0), jnp.full((2, 3), 9.0), jnp.zeros((2, 3)))
-    mean, var = pool(garbage, memory_weights(garbage.count, 2, 0.9))
-    np.testing.assert_array_equal(mean, np.zeros(3))
-    np.testing.assert_array_equal(var, np.ones(3))
-
-
-def test_push_is_first_in_first_out_in_the_memorys_dtypes():
-    slots = Moments(
-        jnp.zeros((3, 2), jnp.float16), jnp.ones((3, 2), jnp.float16), jnp.zeros((3, 2))
-    )
-    for i in range(1, 5):
-        moments = Moments(jnp.full(2, i), jnp.full(2, 10.0 * i), jnp.full(2, 100.0 * i))
-        slots = push(slots, moments)
-    np.testing.assert_array_equal(slots.mean[:, 0], [4, 3, 2])
-    np.testing.assert_array_equal(slots.var[:, 1], [40, 30, 20])
-    np.testing.assert_array_equal(slots.count[:, 0], [400, 300, 200])
-    assert [value.dtype for value in slots] == [jnp.float16, jnp.float16, jnp.float32]
-
-
-def test_push_skips_features_without_an_element():
-    slots = Moments(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.ones((2, 2)), jnp.full((2, 2), 8.0))
-    moments = Moments(jnp.array([7.0, jnp.nan]), jnp.array([2.0, jnp.nan]), jnp.array([4.0, 0.0]))
-    pushed = push(slots, moments)
-    np.testing.assert_array_equal(pushed.mean, [[7, 2], [1, 4]])
-    np.testing.assert_array_equal(pushed.var, [[2, 1], [1, 1]])
-    np.testing.assert_array_equal(pushed.count, [[4, 8], [8, 8]])
 
 
 # Groups.
