@@ -13,6 +13,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mbn_jax.errors import UserError
+
 PyTree = Any
 
 AXIS_NAME = "batch"
@@ -140,15 +142,29 @@ def agree(values: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def first_host_first() -> Iterator[None]:
-    """Lets the first host through a block before the others, for what one writes for all."""
+    """Lets the first host through a block before the others, for what one writes for all.
+
+    Where the block fails on one host, no host goes on: the others would wait for it for ever.
+
+    Raises:
+      UserError: where the block failed on another host.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
     first = jax.process_index() == 0
-    if jax.process_count() > 1 and not first:
+    if not first:
         multihost_utils.sync_global_devices("first_host_first")
+    failed = True
     try:
         yield
+        failed = False
     finally:
-        if jax.process_count() > 1 and first:
+        if first:
             multihost_utils.sync_global_devices("first_host_first")
+        failures = np.flatnonzero(multihost_utils.process_allgather(np.array(failed)))
+    if len(failures):
+        raise UserError(f"Host {failures[0]} cannot go on, its own message says why; mend that.")
 
 
 def split_over_devices(batch: PyTree, *, axis: int = 0, devices: Devices = None) -> PyTree:

@@ -105,7 +105,9 @@ def test_order_depends_on_seed_and_resumes_at_any_step(train):
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_divide_each_global_batch_between_them(train, hosts):
     parts = [indices(train, process_index=i, process_count=hosts) for i in range(hosts)]
-    assert (np.concatenate(parts, axis=1) == indices(train)).all()
+    whole = indices(train)
+    assert (np.concatenate(parts, axis=1) == whole).all()
+    assert len(set(whole.flat)) == whole.size  # So that no host reads what another does.
 
 
 def test_a_split_on_disk_gives_the_same_batches_as_one_in_memory(data_dir, train):
