@@ -1,6 +1,8 @@
 """How the processes of one run, on one machine or many, find each other."""
 
+import collections
 import os
+import sys
 from collections.abc import Mapping
 
 import jax
@@ -57,7 +59,7 @@ def join_hosts(
       process_id: which one this is, from 0.
 
     Raises:
-      UserError: for half an answer, or where the others are not found.
+      UserError: for half an answer, where the others are not found, or have more or fewer devices.
     """
     named = (coordinator_address, num_processes, process_id)
     is_named = any(value is not None for value in named)
@@ -77,6 +79,8 @@ def join_hosts(
             return
         # JAX would take SLURM_NTASKS, which may be the job's and not this step's.
         named = (None, launched, None)
+    # JAX then aborts, without an exception: let the last line say what it was about.
+    print("waiting for the other hosts, for 5 minutes at most", file=sys.stderr, flush=True)
     try:
         jax.distributed.initialize(*named)
     except (ValueError, RuntimeError) as error:
@@ -85,3 +89,9 @@ def join_hosts(
             "--coordinator_address, --num_processes and --process_id, or run this process alone "
             "with --no-distributed."
         ) from error
+    devices = collections.Counter(device.process_index for device in jax.devices())
+    if len(set(devices.values())) > 1:
+        raise UserError(
+            f"All hosts need as many devices, got {[devices[i] for i in sorted(devices)]}, in the "
+            "order of the hosts; leave some out (CUDA_VISIBLE_DEVICES=0, for example)."
+        )

@@ -167,6 +167,18 @@ def first_host_first() -> Iterator[None]:
         raise UserError(f"Host {failures[0]} cannot go on, its own message says why; mend that.")
 
 
+def check_alike(**numbers: int) -> None:
+    """Raises UserError where hosts differ in numbers that must be the same on all."""
+    if jax.process_count() == 1:
+        return
+    found = multihost_utils.process_allgather(np.array(list(numbers.values())))
+    for name, values in zip(numbers, np.asarray(found).T.tolist(), strict=True):
+        if len(set(values)) > 1:
+            raise UserError(
+                f"The hosts differ in {name}, {values} in their order; give all the same data."
+            )
+
+
 def split_over_devices(batch: PyTree, *, axis: int = 0, devices: Devices = None) -> PyTree:
     """Moves the batch `axis` of host arrays into `[devices, ..., batch / devices, ...]`.
 

@@ -21,6 +21,7 @@ from mbn_jax.errors import UserError
 from mbn_jax.experiment import Batch
 from mbn_jax.norms import memory_rule
 from mbn_jax.parallel import (
+    check_alike,
     distribute,
     first_device,
     first_host_first,
@@ -94,6 +95,7 @@ def train(
             )
 
     experiment = program.experiment
+    check_alike(training_examples=len(experiment.train), test_examples=len(experiment.test))
     checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=config.keep_checkpoints)
     local = experiment.local_statistics
     fresh = program.initial_state(config)

@@ -12,12 +12,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import traverse_util
+from jax.experimental import multihost_utils
 
 from mbn_jax.batch_stats import pool_batch_stats
 from mbn_jax.checkpoints import Checkpoints
 from mbn_jax.config import default_config
+from mbn_jax.errors import UserError
 from mbn_jax.evaluation import evaluate_run
 from mbn_jax.hosts import join_hosts, launched_processes
+from mbn_jax.parallel import check_alike
 from mbn_jax.program import Programs
 from mbn_jax.reporting import read_metrics
 from mbn_jax.train import train
@@ -91,20 +94,20 @@ def by_slurm(processes):
 
 
 def start(hosts, config, workdirs, devices):
-    """Runs `mbn-train` on each host with so many devices; returns (out, err, status) of each."""
+    """Runs `mbn-train` on hosts of so many devices each; returns (out, err, status) of each."""
     script = workdirs[0].with_suffix(".py")
     script.write_text(
         "import json\nfrom ml_collections import ConfigDict\n"
         f"def get_config():\n  return ConfigDict(json.loads({config.to_json()!r}))\n"
     )
-    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices}"
     started = []
-    for i, ((arguments, variables), workdir) in enumerate(zip(hosts, workdirs, strict=True)):
+    for i, (arguments, variables) in enumerate(hosts):
+        flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices[i]}"
         written = workdirs[0].with_suffix(f".written{i}")
         command = [sys.executable, "-c", AUDITED, str(written), f"--config={script}"]
         started.append(
             subprocess.Popen(
-                [*command, f"--workdir={workdir}", *arguments],
+                [*command, f"--workdir={workdirs[i]}", *arguments],
                 env=os.environ | {"XLA_FLAGS": flags} | variables,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
@@ -117,7 +120,7 @@ def start(hosts, config, workdirs, devices):
 def run_on_hosts(hosts, config, workdir, devices):
     """Trains on the hosts, and checks that the first one speaks and writes for all."""
     expected = {"metrics", "events", "curves"} | (set() if workdir.exists() else {"config"})
-    results = start(hosts, config, [workdir] * len(hosts), devices)
+    results = start(hosts, config, [workdir] * len(hosts), [devices] * len(hosts))
     assert [status for _, _, status in results] == [0] * len(hosts), results
     spoke = ["test error" in out for out, _, _ in results]
     assert spoke == [True] + [False] * (len(hosts) - 1)
@@ -229,11 +232,31 @@ def test_hosts_go_on_where_one_process_stopped_and_share_groups(data_dir, tmp_pa
 
 def test_where_one_host_cannot_start_none_does(data_dir, tmp_path):
     config = config_of(data_dir)
-    results = start(by_flags(2), config, [tmp_path / "first", tmp_path / "other"], devices=1)
+    results = start(by_flags(2), config, [tmp_path / "first", tmp_path / "other"], [1, 1])
     assert [status for _, _, status in results] == [2, 2]
     said = [err.splitlines()[-1] for _, err, _ in results]
     assert said[0] == "mbn-train: Host 1 cannot go on, its own message says why; mend that."
     assert said[1].startswith("mbn-train: Host 1 does not find what the first host wrote to")
+
+
+def test_hosts_with_more_and_fewer_devices_do_not_start(data_dir, tmp_path):
+    results = start(by_flags(2), config_of(data_dir), [tmp_path / "run"] * 2, [1, 2])
+    assert [status for _, _, status in results] == [2, 2]
+    said = {err.splitlines()[-1].split(";")[0] for _, err, _ in results}
+    assert said == {
+        "mbn-train: All hosts need as many devices, got [1, 2], in the order of the hosts"
+    }
+
+
+def test_hosts_with_other_data_do_not_start(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    other = np.array([320, 98])
+    monkeypatch.setattr(
+        multihost_utils, "process_allgather", lambda numbers: np.stack([numbers, other])
+    )
+    check_alike(training_examples=320, test_examples=98)
+    with pytest.raises(UserError, match=r"differ in test_examples, \[99, 98\] in their order"):
+        check_alike(training_examples=320, test_examples=99)
 
 
 SHELL = {
