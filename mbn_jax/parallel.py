@@ -61,7 +61,10 @@ def map_over_devices(
         return jax.tree.map(lambda x: x[None], out)
 
     spec = PartitionSpec(AXIS_NAME)
-    everywhere, here = _sharding(devices or jax.devices()), _sharding(local_devices(devices))
+    # Host by host, as pmap has them and batches are divided; a TPU pod may number them otherwise.
+    hosts = range(jax.process_count())
+    all_devices = [device for host in hosts for device in jax.local_devices(host)]
+    everywhere, here = _sharding(devices or all_devices), _sharding(local_devices(devices))
     # With check_vma=True, a gradient averaged by lax.pmean comes out multiplied by the devices.
     mapped = jax.shard_map(
         per_device, mesh=everywhere.mesh, in_specs=spec, out_specs=spec, check_vma=False
