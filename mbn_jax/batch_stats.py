@@ -86,7 +86,8 @@ def pool_batch_stats(batch_stats: PyTree) -> PyTree:
 
     By the law of total variance, wherever a layer keeps a `mean` beside a `var`: weighted by its
     `count` or `weight` if it has one (a memory, slot by slot), else equally. An average of
-    variances would lose the spread between the groups. Other floating-point arrays are averaged;
+    variances would lose the spread between the groups. Counts are of examples and add up. Other
+    floating-point arrays are averaged, a `weight` (in batches, of which each group saw a part) too;
     integers, such as counters, are the first group's, for an average would turn them into floats.
 
     Args:
@@ -107,7 +108,7 @@ def pool_batch_stats(batch_stats: PyTree) -> PyTree:
         mean, var = stats["mean"], stats["var"]
         count = stats.get("count", stats.get("weight", jnp.ones_like(var)))
         pooled = pool_groups(Moments(*map(jnp.asarray, (mean, var, count))))._asdict()
-        pooled["weight"] = pooled["count"]
+        pooled["weight"] = pooled["count"] / len(mean)
         return {
             name: pooled[name] if name in pooled else jax.tree.map(average, value)
             for name, value in stats.items()

@@ -11,6 +11,7 @@ from absl import logging
 
 from mbn_jax.config_files import parse_config
 from mbn_jax.errors import UserError
+from mbn_jax.hosts import join_hosts
 
 EXAMPLE_CONFIG = "configs/digits.py"
 EXAMPLE = f"mbn-train --config={EXAMPLE_CONFIG} --workdir=runs/digits"
@@ -46,7 +47,10 @@ Exit status: 0 done, {USER_MISTAKE} a mistake in the input, {DIVERGED} the loss 
         "several hosts", "The same command on each, with a --workdir that all of them see."
     )
     hosts.add_argument(
-        "--distributed", action="store_true", help="find the others by the cluster: TPU pod, SLURM"
+        "--distributed",
+        action=argparse.BooleanOptionalAction,
+        help="find the others by the cluster (needed on a TPU pod of Compute Engine); default: "
+        "where srun, mpirun or Kubernetes launched several",
     )
     hosts.add_argument("--coordinator_address", help="or name the first one, HOST:PORT,")
     hosts.add_argument("--num_processes", type=int, help="how many there are,")
@@ -58,13 +62,14 @@ Exit status: 0 done, {USER_MISTAKE} a mistake in the input, {DIVERGED} the loss 
         raise UserError(
             f"--workdir is missing, the folder for what the run writes; for example: {EXAMPLE}"
         )
+    workdir = _folder(args.workdir)
     config = parse_config(args.config, overrides)
     join_hosts(args.distributed, args.coordinator_address, args.num_processes, args.process_id)
 
     from mbn_jax.train import DivergenceError, run_title, train  # Slow to import: TFDS, Orbax.
 
     try:
-        values = train(config, pathlib.Path(args.workdir))
+        values = train(config, workdir)
     except DivergenceError as error:
         print(f"mbn-train: {error}", file=sys.stderr)
         return DIVERGED
@@ -122,7 +127,7 @@ results.csv, results.parquet, and what mbn-report writes.""",
         run_sweep,
     )
 
-    workdir = pathlib.Path(args.workdir)
+    workdir = _folder(args.workdir)
     if args.dry_run:
         print(dry_run(args.experiment, overrides, args.seeds, workdir))
         return 0
@@ -154,7 +159,7 @@ def report_command(argv: Sequence[str]) -> int:
 
     from mbn_jax.sweeps.command import report_sweep
 
-    print(report_sweep(pathlib.Path(args.workdir), args.storage))
+    print(report_sweep(_folder(args.workdir), args.storage))
     return 0
 
 
@@ -185,37 +190,20 @@ def eval_command(argv: Sequence[str]) -> int:
     from mbn_jax.evaluation import evaluate_run
 
     values = evaluate_run(
-        pathlib.Path(args.workdir), args.split, recalibrate_batches=args.recalibrate_batches
+        _folder(args.workdir), args.split, recalibrate_batches=args.recalibrate_batches
     )
     print(json.dumps(values))
     return 0
 
 
-def join_hosts(
-    distributed: bool,
-    coordinator_address: str | None,
-    num_processes: int | None,
-    process_id: int | None,
-) -> None:
-    """Joins the other hosts of a run, where flags say that there are any.
-
-    Raises:
-      UserError: for half an answer, or where no cluster is found.
-    """
-    named = (coordinator_address, num_processes, process_id)
-    if all(value is None for value in named) and not distributed:
-        return
-    if distributed and any(value is not None for value in named):
-        raise UserError("--distributed finds the other hosts itself; leave out the other flags.")
-    if not distributed and any(value is None for value in named):
+def _folder(workdir: str) -> pathlib.Path:
+    """Returns the path of a workdir; raises UserError for an address, which is no path."""
+    if "://" in workdir:
         raise UserError(
-            "--coordinator_address, --num_processes and --process_id go together; give all three, "
-            "or --distributed on a cluster."
+            f"--workdir must be a folder, got {workdir}; mount the bucket (gcsfuse, for example) "
+            "and give the path where it is mounted."
         )
-    try:
-        jax.distributed.initialize(*named)
-    except (ValueError, RuntimeError) as error:
-        raise UserError(f"cannot join the other hosts: {' '.join(str(error).split())}") from error
+    return pathlib.Path(workdir)
 
 
 def _run(command: Callable[[Sequence[str]], int], name: str) -> None:

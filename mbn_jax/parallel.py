@@ -13,6 +13,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from mbn_jax.errors import UserError
+
 PyTree = Any
 
 AXIS_NAME = "batch"
@@ -59,7 +61,10 @@ def map_over_devices(
         return jax.tree.map(lambda x: x[None], out)
 
     spec = PartitionSpec(AXIS_NAME)
-    everywhere, here = _sharding(devices or jax.devices()), _sharding(local_devices(devices))
+    # Host by host, as pmap has them and batches are divided; a TPU pod may number them otherwise.
+    hosts = range(jax.process_count())
+    all_devices = [device for host in hosts for device in jax.local_devices(host)]
+    everywhere, here = _sharding(devices or all_devices), _sharding(local_devices(devices))
     # With check_vma=True, a gradient averaged by lax.pmean comes out multiplied by the devices.
     mapped = jax.shard_map(
         per_device, mesh=everywhere.mesh, in_specs=spec, out_specs=spec, check_vma=False
@@ -140,15 +145,41 @@ def agree(values: np.ndarray) -> np.ndarray:
 
 @contextlib.contextmanager
 def first_host_first() -> Iterator[None]:
-    """Lets the first host through a block before the others, for what one writes for all."""
+    """Lets the first host through a block before the others, for what one writes for all.
+
+    Where the block fails on one host, no host goes on: the others would wait for it for ever.
+
+    Raises:
+      UserError: where the block failed on another host.
+    """
+    if jax.process_count() == 1:
+        yield
+        return
     first = jax.process_index() == 0
-    if jax.process_count() > 1 and not first:
+    if not first:
         multihost_utils.sync_global_devices("first_host_first")
+    failed = True
     try:
         yield
+        failed = False
     finally:
-        if jax.process_count() > 1 and first:
+        if first:
             multihost_utils.sync_global_devices("first_host_first")
+        failures = np.flatnonzero(multihost_utils.process_allgather(np.array(failed)))
+    if len(failures):
+        raise UserError(f"Host {failures[0]} cannot go on, its own message says why; mend that.")
+
+
+def check_alike(**numbers: int) -> None:
+    """Raises UserError where hosts differ in numbers that must be the same on all."""
+    if jax.process_count() == 1:
+        return
+    found = multihost_utils.process_allgather(np.array(list(numbers.values())))
+    for name, values in zip(numbers, np.asarray(found).T.tolist(), strict=True):
+        if len(set(values)) > 1:
+            raise UserError(
+                f"The hosts differ in {name}, {values} in their order; give all the same data."
+            )
 
 
 def split_over_devices(batch: PyTree, *, axis: int = 0, devices: Devices = None) -> PyTree:

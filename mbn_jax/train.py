@@ -17,9 +17,11 @@ from mbn_jax.config import steps_per_epoch, traced_values
 from mbn_jax.datasets.pipeline import training_blocks
 from mbn_jax.diagnostics import memory_distance
 from mbn_jax.double_forward import TrainState
+from mbn_jax.errors import UserError
 from mbn_jax.experiment import Batch
 from mbn_jax.norms import memory_rule
 from mbn_jax.parallel import (
+    check_alike,
     distribute,
     first_device,
     first_host_first,
@@ -86,8 +88,14 @@ def train(
         program = programs.get(config)
         if is_first and not (workdir / CONFIG).exists():
             save_config(config, workdir)
+        if not (workdir / CONFIG).exists():
+            raise UserError(
+                f"Host {jax.process_index()} does not find what the first host wrote to "
+                f"--workdir={workdir}; give a folder that all hosts share."
+            )
 
     experiment = program.experiment
+    check_alike(training_examples=len(experiment.train), test_examples=len(experiment.test))
     checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=config.keep_checkpoints)
     local = experiment.local_statistics
     fresh = program.initial_state(config)

@@ -1,11 +1,13 @@
 """The way of the data: real images, an order that depends on nothing but seed and step."""
 
+import io
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 from sklearn.datasets import load_digits
 
 from mbn_jax.config import default_config, validate
@@ -103,7 +105,9 @@ def test_order_depends_on_seed_and_resumes_at_any_step(train):
 @pytest.mark.parametrize("hosts", [2, 4])
 def test_hosts_divide_each_global_batch_between_them(train, hosts):
     parts = [indices(train, process_index=i, process_count=hosts) for i in range(hosts)]
-    assert (np.concatenate(parts, axis=1) == indices(train)).all()
+    whole = indices(train)
+    assert (np.concatenate(parts, axis=1) == whole).all()
+    assert len(set(whole.flat)) == whole.size  # So that no host reads what another does.
 
 
 def test_a_split_on_disk_gives_the_same_batches_as_one_in_memory(data_dir, train):
@@ -121,41 +125,51 @@ def test_a_split_on_disk_gives_the_same_batches_as_one_in_memory(data_dir, train
     assert np.allclose(pixel_statistics(on_disk), pixel_statistics(train), atol=0)
 
 
+def prepare(folder, name, images, labels, shape, *, dtype=np.uint8, num_classes=4):
+    """Prepares a set of PIL images, or of PNG files, as its own builder would; returns `folder`."""
+    import tensorflow_datasets as tfds
+
+    def info(self):
+        features = {
+            "image": tfds.features.Image(shape=shape, dtype=dtype),
+            "label": tfds.features.ClassLabel(num_classes=num_classes),
+        }
+        return tfds.core.DatasetInfo(
+            builder=self,
+            features=tfds.features.FeaturesDict(features),
+            supervised_keys=("image", "label"),
+        )
+
+    def _generate_examples(self):
+        for i, (image, label) in enumerate(zip(images, labels, strict=True)):
+            yield i, {"image": image, "label": label}
+
+    members = {
+        "VERSION": tfds.core.Version("1.0.0"),
+        "__module__": __name__,
+        "_info": info,
+        "_split_generators": lambda self, _: {"train": self._generate_examples()},
+        "_generate_examples": _generate_examples,
+    }
+    builder = type(name.capitalize(), (tfds.core.GeneratorBasedBuilder,), members)
+    builder(data_dir=folder, file_format="array_record").download_and_prepare()
+    return str(folder)
+
+
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """A folder with a set of 40 images of many sizes, whose pixels tell where they are."""
-    import tensorflow_datasets as tfds
-    from PIL import Image
-
-    class Pictures(tfds.core.GeneratorBasedBuilder):
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self):
-            features = {
-                "image": tfds.features.Image(shape=(None, None, 3)),
-                "label": tfds.features.ClassLabel(num_classes=4),
-            }
-            return tfds.core.DatasetInfo(
-                builder=self,
-                features=tfds.features.FeaturesDict(features),
-                supervised_keys=("image", "label"),
-            )
-
-        def _split_generators(self, dl_manager):
-            return {"train": self._generate_examples()}
-
-        def _generate_examples(self):
-            for i in range(40):
-                width, height = 30 + i, 69 - i
-                image = np.zeros((height, width, 3), np.uint8)
-                image[..., 0] = 3 * np.arange(width)[None]
-                image[..., 1] = 3 * np.arange(height)[:, None]
-                image[..., 2] = i
-                yield i, {"image": Image.fromarray(image), "label": i % 4}
-
+    images = []
+    for i in range(40):
+        width, height = 30 + i, 69 - i
+        image = np.zeros((height, width, 3), np.uint8)
+        image[..., 0] = 3 * np.arange(width)[None]
+        image[..., 1] = 3 * np.arange(height)[:, None]
+        image[..., 2] = i
+        images.append(Image.fromarray(image))
+    labels = [i % 4 for i in range(40)]
     folder = tmp_path_factory.mktemp("pictures")
-    Pictures(data_dir=folder, file_format="array_record").download_and_prepare()
-    return str(folder)
+    return prepare(folder, "pictures", images, labels, (None, None, 3))
 
 
 def boxes(batch):
@@ -332,3 +346,90 @@ def test_only_image_classification_is_accepted(tmp_path):
     Numbers(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     with pytest.raises(UserError, match="'numbers' is not an image-classification set"):
         load_split("numbers", "train", data_dir=str(tmp_path))
+
+
+def flat(channels=1, size=(8, 8)):
+    return Image.fromarray(np.full((*size, channels), 7, np.uint8).squeeze())
+
+
+def grey16():
+    return Image.fromarray(np.full((8, 8), 1000, np.uint16))
+
+
+@pytest.mark.parametrize(
+    ("name", "odd", "label", "options", "message"),
+    [
+        ("tall", flat(size=(9, 8)), 1, {}, r"an image of shape \(9, 8, 1\), expected \(8, 8, 1\)"),
+        ("rgba", flat(channels=4), 1, {}, r"an image of shape \(8, 8, 4\), expected \(8, 8, 1\)"),
+        ("unlabelled", flat(), -1, {}, "has label -1, expected 0 to 3"),
+        ("sixteenbit", grey16(), 1, {"dtype": np.uint16}, "of uint16, expected one of uint8"),
+        ("text", b"no image", 1, {}, "cannot be read .* its record files are damaged"),
+    ],
+)
+def test_examples_that_are_not_what_their_set_declares(
+    tmp_path, name, odd, label, options, message
+):
+    images, labels = [flat()] * 20 + [odd], [1] * 20 + [label]
+    folder = prepare(tmp_path, name, images, labels, (8, 8, 1), **options)
+    with pytest.raises(UserError, match=message) as error:
+        load_split(name, "train", data_dir=folder)
+    assert "\n" not in str(error.value)
+    if options:
+        return
+    # Decoded as it is used: said when it is read, whoever reads it.
+    split = load_split(name, "train", data_dir=folder, max_bytes_in_memory=0)
+    with pytest.raises(UserError, match=message):
+        pixel_statistics(split)
+    for workers in (0, 1) if name == "tall" else (0,):  # A process takes seconds to start.
+        with pytest.raises(UserError, match=message):
+            blocks(split, first_step=0, num_steps=2, steps_per_block=1, num_workers=workers)
+    if label < 0:
+        with pytest.raises(UserError, match=message):
+            split.read_labels()
+
+
+def test_pixels_of_float32_are_kept_and_must_be_finite(tmp_path, monkeypatch):
+    from tensorflow_datasets.core.features import image_feature
+
+    # Without TensorFlow, TFDS cannot write such images itself: a float32 is a PNG's four bytes.
+    monkeypatch.setattr(
+        image_feature._FloatImageEncoder, "encode_image_or_path", lambda self, image: image
+    )
+    found = np.linspace(-3, 3, 4 * 64).astype(np.float32).reshape(4, 8, 8, 1)
+
+    def png(image):
+        file = io.BytesIO()
+        Image.fromarray(image.view(np.uint8)).save(file, "png")
+        return file.getvalue()
+
+    options = {"labels": [0, 1, 2, 3], "shape": (8, 8, 1), "dtype": np.float32}
+    folder = prepare(tmp_path, "floats", [png(x) for x in found], **options)
+    split = load_split("floats", "train", data_dir=folder)
+    assert split.images.dtype == np.float32
+    assert (np.sort(split.images.ravel()) == found.ravel()).all()
+    images = standardize(jnp.asarray(split.images), *pixel_statistics(split))
+    assert abs(float(images.std()) - 1) < 1e-5
+    assert load_split("floats", "train", data_dir=folder, max_bytes_in_memory=1023).images is None
+
+    found[2, 3, 4, 0] = np.nan
+    folder = prepare(tmp_path, "holes", [png(x) for x in found], **options)
+    with pytest.raises(UserError, match=r"Example \d of split 'train' .* NaN or infinite"):
+        load_split("holes", "train", data_dir=folder)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "a flipped bit", "missing"])
+def test_a_damaged_record_file_is_said_in_a_sentence(tmp_path, damage):
+    name = "damaged" + damage.split()[-1]
+    folder = prepare(tmp_path, name, [flat()] * 20, [1] * 20, (8, 8, 1))
+    (records,) = tmp_path.glob(f"{name}/*/*.array_record*")
+    content = bytearray(records.read_bytes())
+    if damage == "truncated":
+        records.write_bytes(content[: len(content) - 100])
+    elif damage == "missing":
+        records.unlink()
+    else:
+        content[content.index(b"IHDR")] ^= 1
+        records.write_bytes(content)
+    with pytest.raises(UserError, match=r"cannot be read .* prepare the data set anew") as error:
+        load_split(name, "train", data_dir=folder)
+    assert "\n" not in str(error.value)

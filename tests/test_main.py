@@ -132,6 +132,14 @@ def test_mistakes_in_the_config(overrides, message, data_dir, tmp_path, monkeypa
             [f"--config={DIGITS}", "--workdir=w", "--process_id=1", "--distributed"],
             "--distributed finds the other hosts itself",
         ),
+        (
+            [f"--config={DIGITS}", "--workdir=w", "--num_processes=2", "--no-distributed"],
+            "--no-distributed wants none",
+        ),
+        (
+            [f"--config={DIGITS}", "--workdir=gs://bucket/run"],
+            "--workdir must be a folder, got gs://bucket/run; mount the bucket",
+        ),
         ([f"--config={DIGITS}", "--workdir=w", "--distributed"], "cannot join the other hosts"),
     ],
 )

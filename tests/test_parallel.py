@@ -1,6 +1,7 @@
 """Many devices: the same numbers from both runtimes and as from one device, and nothing lost."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -8,11 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import stepping
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from mbn_jax import MemorizedBatchNorm, TrainState, make_train_step
+from mbn_jax import AveragedBatchNorm, MemorizedBatchNorm, TrainState, make_train_step
 from mbn_jax.batch_stats import pool_batch_stats
+from mbn_jax.checkpoints import Checkpoints
 from mbn_jax.parallel import (
     AXIS_NAME,
     RUNTIMES,
@@ -154,6 +157,11 @@ def test_pooling_weighs_by_counts_and_leaves_integers_alone():
             "count": jnp.array([[[2.0]], [[1.0]]]),
         },
         "b": {"mean": jnp.array([[0.0], [2.0]]), "var": jnp.array([[1.0], [1.0]])},
+        "c": {
+            "mean": jnp.array([[0.0], [4.0]]),
+            "var": jnp.array([[0.0], [0.0]]),
+            "weight": jnp.array([[6.0], [2.0]]),
+        },
         "steps": jnp.array([7, 7], jnp.int32),
         "mean": {"kernel": jnp.array([1.0, 3.0])},
     }
@@ -163,6 +171,12 @@ def test_pooling_weighs_by_counts_and_leaves_integers_alone():
     np.testing.assert_allclose(pooled["a"]["var"], [[10 / 3]], rtol=1e-6)
     assert pooled["a"]["count"].tolist() == [[3.0]]
     assert (pooled["b"]["mean"].tolist(), pooled["b"]["var"].tolist()) == ([1.0], [2.0])
+    # An average that goes on from its groups' has seen as many batches as each of them.
+    assert {k: x.tolist() for k, x in pooled["c"].items()} == {
+        "mean": [1.0],
+        "var": [3.0],
+        "weight": [4.0],
+    }
     assert (pooled["steps"].dtype, int(pooled["steps"])) == (jnp.int32, 7)
     assert float(pooled["mean"]["kernel"]) == 2.0
 
@@ -180,21 +194,113 @@ def test_donation_reuses_the_state_and_spares_what_it_was_made_from(runtime):
     assert result["w"].shape == (DEVICES, 4)
 
 
-@pytest.mark.parametrize("runtime", RUNTIMES)
-def test_synced_statistics_take_one_collective_a_layer(runtime):
-    def collectives(fast):
-        layer = MemorizedBatchNorm(
-            memory_size=4, axis_name=AXIS_NAME, use_running_average=False, use_fast_variance=fast
+COUNTS = (1, 2, 4, 8)
+LAYERS_OF_NORM = {
+    "memorized": NORMS["memorized"],
+    "averaged": AveragedBatchNorm,
+    "batch": nn.BatchNorm,
+}
+
+
+@pytest.mark.parametrize("norm", LAYERS_OF_NORM)
+@pytest.mark.parametrize("written", COUNTS)
+def test_a_checkpoint_is_restored_on_any_number_of_devices(tmp_path, norm, written):
+    model, tx = Net(LAYERS_OF_NORM[norm]), optax.sgd(0.2, momentum=0.9)
+    variables = model.init(jax.random.key(0), jnp.zeros((1, 5)), train=False)
+    fresh = TrainState.create(variables, tx, jax.random.key(1))
+    rng = np.random.default_rng(written)
+
+    def drawn(x, *axes):
+        return rng.uniform(1, 2, (*axes, *x.shape)).astype(x.dtype)
+
+    state = fresh.replace(
+        params=jax.tree.map(drawn, fresh.params), opt_state=jax.tree.map(drawn, fresh.opt_state)
+    )
+    of_each = jax.tree.map(lambda x: drawn(x, written), fresh.batch_stats)
+    devices = jax.devices()
+    on_devices = replicate(state, devices[:written])
+    local = on_devices.replace(batch_stats=distribute(of_each, devices[:written]))
+    synced = on_devices.replace(
+        batch_stats=replicate(jax.tree.map(lambda x: x[0], of_each), devices[:written])
+    )
+    pooled = jax.device_get(pool_batch_stats(jax.tree.map(jnp.asarray, of_each)))
+    for name, saved in {"local": local, "synced": synced}.items():
+        checkpoints = Checkpoints(tmp_path / name)
+        checkpoints.save(saved, local_statistics=name == "local")
+        for count in COUNTS:
+            found = checkpoints.restore(
+                fresh, local_statistics=name == "local", devices=devices[:count]
+            )
+            shared = (state.step, state.params, state.opt_state, jax.random.key_data(state.key))
+            again = (found.step, found.params, found.opt_state, jax.random.key_data(found.key))
+            # All to the bit, whatever the devices, but for the statistics of other devices.
+            assert_close(again, replicate(shared, devices[:count]), rtol=0)
+            stats = pooled if name == "local" else jax.tree.map(lambda x: x[0], of_each)
+            expected = replicate(stats, devices[:count])
+            if name == "local" and count == written:
+                expected = of_each
+            assert_close(found.batch_stats, expected, rtol=0)
+        checkpoints.close()
+
+
+GROUPS = ((0, 1, 2, 3), (4, 5, 6, 7))
+SYNCS = {
+    "local": {},
+    "all": {"axis_name": AXIS_NAME},
+    "groups": {"axis_name": AXIS_NAME, "axis_index_groups": GROUPS},
+    "all, two passes": {"axis_name": AXIS_NAME, "use_fast_variance": False},
+}
+SECOND_FORWARDS = {
+    "off": {"double_forward": "off"},
+    "rewrite": {},
+    "transport": {"double_forward": "transport"},
+    "transport by a part": {"double_forward": "transport", "double_forward_fraction": 0.5},
+    "rewrite by a part": {"double_forward_fraction": 0.5},
+}
+
+
+@pytest.mark.parametrize(
+    ("sync", "second_forward", "of_a_layer"),
+    [
+        ("local", "off", 0),
+        ("local", "transport by a part", 0),
+        # One forward and one backward,
+        ("all", "off", 2),
+        # and one in the second forward, which has no backward; both parts in one.
+        ("all", "rewrite", 3),
+        ("all", "transport", 3),
+        ("all", "transport by a part", 3),
+        ("all", "rewrite by a part", 3),
+        ("groups", "rewrite", 3),
+        # Twice as many, and one more where the second forward has two batches to center.
+        ("all, two passes", "off", 4),
+        ("all, two passes", "transport", 6),
+        ("all, two passes", "transport by a part", 7),
+    ],
+)
+def test_collectives_of_a_step(sync, second_forward, of_a_layer):
+    layers = 3
+    model = stepping.Net(functools.partial(NORMS["memorized"], **SYNCS[sync]), layers)
+    data = stepping.batches(1, 32)[0]
+    variables = model.init(jax.random.key(0), data, train=False)
+    state = replicate(TrainState.create(variables, optax.sgd(0.1), jax.random.key(1)))
+    step = make_train_step(
+        model.apply,
+        optax.sgd(0.1),
+        stepping.loss_fn,
+        axis_name=AXIS_NAME,
+        **SECOND_FORWARDS[second_forward],
+    )
+    for runtime in RUNTIMES:
+        mapped = map_over_devices(step, runtime=runtime)
+        text = mapped.lower(state, distribute(split_over_devices(data))).compile().as_text()
+        found = re.findall(
+            r" all-reduce(?:-start)?\((.*?)\), .*?replica_groups=(\{\{.*?\}\})", text
         )
-        x = jnp.zeros((DEVICES, 4, 5))
-        variables = replicate(layer.init(jax.random.key(0), x[0]))
-
-        def forward(variables, x):
-            return layer.apply(variables, x, mutable=["batch_stats"])
-
-        compiled = map_over_devices(forward, runtime=runtime).lower(variables, x).compile()
-        text = compiled.as_text()
-        return text.count(" all-reduce(") + text.count(" all-reduce-start(")
-
-    assert collectives(fast=True) == 1
-    assert collectives(fast=False) == 2
+        assert not re.findall(r" (?:all-gather|all-to-all|collective-permute)", text)
+        # One more for all gradients; that of the metrics is joined with another.
+        assert len(found) == of_a_layer * layers + 1
+        operands = [arguments.count("%") for arguments, _ in found]
+        assert max(operands) >= len(jax.tree.leaves(state.params))
+        over = [groups for _, groups in found].count("{{0,1,2,3},{4,5,6,7}}")
+        assert over == (of_a_layer * layers if sync == "groups" else 0)

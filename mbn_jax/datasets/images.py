@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import functools
 import importlib
 import itertools
 import logging
@@ -12,6 +13,9 @@ from typing import Protocol
 import numpy as np
 
 from mbn_jax.errors import UserError
+
+DTYPES = ("uint8", "float32")
+"""Of images: what is decoded without OpenCV."""
 
 
 class Source(Protocol):
@@ -34,7 +38,8 @@ class Split:
       encoded: the same with their images as they are stored, to read labels only.
       image_shape: (height, width, channels).
       num_classes: number of labels.
-      images: uint8 `[examples, height, width, channels]`, or None where they stay on disk.
+      images: `[examples, height, width, channels]`, uint8 or float32 as the set has them, or None
+        where they stay on disk.
       labels: int32 `[examples]`, or None likewise.
       random_resized_crop: whether `read` crops, at random where it is given keys.
     """
@@ -61,7 +66,10 @@ class Split:
           keys: what each one's random crop is drawn by, where there is one; without, the centre.
 
         Returns:
-          'image' uint8 `[n, height, width, channels]` and 'label' int32 `[n]`.
+          'image' `[n, height, width, channels]` and 'label' int32 `[n]`.
+
+        Raises:
+          UserError: for the first example that is damaged or not what its data set declares.
         """
         if self.images is not None and self.labels is not None:
             return {"image": self.images[indices], "label": self.labels[indices]}
@@ -121,7 +129,8 @@ def load_split(
 
     Raises:
       UserError: for an unknown or unprepared data set or split, one that is not image
-        classification, or images of varying size without `image_size`.
+        classification, images of varying size without `image_size`, or, where they are in memory,
+        examples that are damaged or not what the set declares.
     """
     tfds, builder = _prepared_builder(name, data_dir)
     features = builder.info.features
@@ -137,6 +146,12 @@ def load_split(
             f"(image, label), got {keys}."
         )
     image_key, label_key = keys
+    dtype, declared_shape = np.dtype(features[image_key].np_dtype), features[image_key].shape
+    if dtype.name not in DTYPES:
+        raise UserError(
+            f"Data set {name!r} has images of {dtype}, expected one of "
+            f"{', '.join(DTYPES)}; convert them when it is prepared."
+        )
     try:
         source = builder.as_data_source(split=split)
         undecoded = {image_key: tfds.decode.SkipDecoding()}
@@ -147,7 +162,7 @@ def load_split(
             f"Data set {name!r} has no examples in split {split!r}; its splits are "
             f"{sorted(builder.info.splits)}, and slices of these like 'train[:90%]'."
         ) from error
-    height, width, channels = features[image_key].shape
+    height, width, channels = declared_shape
     if image_size:
         height = width = image_size
     if None in (height, width, channels):
@@ -155,39 +170,86 @@ def load_split(
             f"Data set {name!r} has images of varying shape {(height, width, channels)}; set "
             "dataset.image_size to resize them (the channels must be fixed)."
         )
+    num_classes = features[label_key].num_classes
+    checked = functools.partial(
+        _Checked,
+        name=f"split {split!r} of data set {name!r}",
+        image_key=image_key,
+        label_key=label_key,
+        num_classes=num_classes,
+    )
     loaded = Split(
         name=split,
-        source=_Renamed(source, image_key, label_key),
-        encoded=_Renamed(encoded, image_key, label_key),
+        source=checked(source, image_shape=declared_shape),
+        encoded=checked(encoded, image_shape=None),
         image_shape=(height, width, channels),
-        num_classes=features[label_key].num_classes,
+        num_classes=num_classes,
         random_resized_crop=random_resized_crop,
     )
-    size = num_examples * height * width * channels
+    size = num_examples * height * width * channels * dtype.itemsize
     if random_resized_crop or size > max_bytes_in_memory:
         return loaded
     examples = loaded.read_in_threads(np.arange(num_examples))
-    images, labels = examples["image"], examples["label"]
-    if labels.min() < 0 or labels.max() >= loaded.num_classes:
-        raise UserError(
-            f"Split {split!r} of data set {name!r} has labels from {labels.min()} to "
-            f"{labels.max()}, expected 0 to {loaded.num_classes - 1}."
-        )
-    return dataclasses.replace(loaded, images=images, labels=labels)
+    return dataclasses.replace(loaded, images=examples["image"], labels=examples["label"])
 
 
-class _Renamed:
-    """A data source whose examples call their image 'image' and their label 'label'."""
+@dataclasses.dataclass(frozen=True)
+class _Checked:
+    """A TFDS source with examples called 'image' and 'label', each checked as it is read.
 
-    def __init__(self, source, image_key: str, label_key: str):
-        self._source, self._image_key, self._label_key = source, image_key, label_key
+    Not before: for a set that does not fit in memory that would be a pass over the whole disk.
+    """
+
+    source: Sequence[dict]
+    name: str
+    image_key: str
+    label_key: str
+    num_classes: int
+    image_shape: tuple[int | None, ...] | None  # None: images are left encoded.
 
     def __len__(self) -> int:
-        return len(self._source)
+        return len(self.source)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        example = self._source[index]
-        return {"image": example[self._image_key], "label": example[self._label_key]}
+        example = self._read(index)
+        image, label = example[self.image_key], example[self.label_key]
+        if not 0 <= label < self.num_classes:
+            raise UserError(
+                f"Example {index} of {self.name} has label {label}, expected 0 to "
+                f"{self.num_classes - 1}; use a split whose examples are all labelled."
+            )
+        if self.image_shape is not None:
+            self._check_image(index, image)
+        return {"image": image, "label": label}
+
+    def _read(self, index: int) -> dict:
+        try:
+            return self.source[index]
+        except Exception as error:  # Damaged bytes make decoders fail in many ways.
+            raise UserError(
+                f"Example {index} of {self.name} cannot be read ({_reason(error)}); its record "
+                "files are damaged or not all there: prepare the data set anew."
+            ) from error
+
+    def _check_image(self, index: int, image: np.ndarray) -> None:
+        shape = self.image_shape or ()
+        if len(image.shape) != len(shape) or any(
+            expected not in (None, found)
+            for expected, found in zip(shape, image.shape, strict=True)
+        ):
+            raise UserError(
+                f"Example {index} of {self.name} has an image of shape {image.shape}, expected "
+                f"{shape} as the data set declares; prepare it anew with images that are alike."
+            )
+        if image.dtype == np.float32 and not np.isfinite(image).all():
+            raise UserError(
+                f"Example {index} of {self.name} has pixels that are NaN or infinite, expected "
+                "finite ones; prepare the data set anew without them."
+            )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _prepared_builder(name: str, data_dir: str | None):
@@ -214,10 +276,9 @@ def _prepared_builder(name: str, data_dir: str | None):
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise UserError(f"TFDS has no data set {name!r}.{hint}") from error
     except (ValueError, AssertionError, ImportError, OSError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(
-            f"Data set {name!r} cannot be opened ({reason}); it is read from array_record files, "
-            f"as {build} writes them."
+            f"Data set {name!r} cannot be opened ({_reason(error)}); it is read from "
+            f"array_record files, as {build} writes them."
         ) from error
     if not builder.is_prepared():
         raise UserError(

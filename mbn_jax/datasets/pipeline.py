@@ -207,7 +207,7 @@ def take(data: dict[str, jax.Array], batch: dict[str, jax.Array]) -> dict[str, j
 
 
 def standardize(images: jax.Array, mean: np.ndarray, std: np.ndarray) -> jax.Array:
-    """Returns (images - mean) / std in float32, for uint8 `[..., channels]`.
+    """Returns (images - mean) / std in float32, for `[..., channels]`.
 
     >>> standardize(jnp.array([[7]], jnp.uint8), np.array([3.0]), np.array([2.0])).tolist()
     [[2.0]]
