@@ -8,6 +8,10 @@ import functools
 import hashlib
 import json
 import pathlib
+import re
+import shutil
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,6 +33,7 @@ from mbn_jax.parallel import (
 )
 
 SEAL = "checksums.json"
+UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 
 class Checkpoints:
@@ -45,12 +50,22 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
-    def save(self, state: TrainState, *, local_statistics: bool) -> None:
+    def save(
+        self,
+        state: TrainState,
+        *,
+        local_statistics: bool,
+        notes: Mapping[str, Any] | None = None,
+    ) -> None:
         """Saves the state of the devices, and returns when it is on disk and sealed.
 
         Args:
           state: arrays `[devices, ...]`.
           local_statistics: whether devices keep statistics of their own.
+          notes: of the run, as JSON has them; `notes` returns them.
+
+        Raises:
+          OSError: where the disk is full, or cannot be written.
         """
         host = jax.device_get(_without_key_type(first_device(state)))
         if local_statistics:
@@ -60,13 +75,20 @@ class Checkpoints:
         groups = max((len(x) for x in jax.tree.leaves(stats)), default=1)
         step = int(host.step)
         tree = {"state": host.replace(batch_stats={}), "batch_stats": stats}
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                tree=ocp.args.StandardSave(tree),
-                layout=ocp.args.JsonSave({"statistics_groups": groups}),
-            ),
-        )
+        layout = {"statistics_groups": groups, "notes": dict(notes or {})}
+        try:
+            saved = self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    tree=ocp.args.StandardSave(tree), layout=ocp.args.JsonSave(layout)
+                ),
+            )
+        except ValueError as error:
+            # TensorStore's way of an OSError.
+            number = re.search(r"\[os_error_code='(\d+)'\]", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), str(error)) from error
         if not saved:
             raise RuntimeError(f"Orbax declined to save step {step} in {self._folder}.")
         self._manager.wait_until_finished()
@@ -105,8 +127,17 @@ class Checkpoints:
         stats = jax.tree.map(lambda x: x[first : first + count], stats)
         return on_devices.replace(batch_stats=distribute(stats, devices))
 
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What was noted with the checkpoint that `restore` restores; `{}` without one."""
+        return self._layout(max(self._sound_steps)).get("notes", {}) if self._sound_steps else {}
+
     def discard_damaged(self) -> None:
         """Deletes checkpoints that are not sound, so that the run can write these steps again."""
+        with first_host_first():
+            if jax.process_index() == 0:
+                for folder in self._folder.glob(UNFINISHED):
+                    shutil.rmtree(folder)
         for step in set(self._manager.all_steps()) - set(self._sound_steps):
             self._manager.delete(step)
 
@@ -123,9 +154,12 @@ class Checkpoints:
             sound = np.array([reason is None for reason in damage], bool)
         return [step for step, is_sound in zip(steps, agree(sound), strict=True) if is_sound]
 
+    def _layout(self, step: int) -> dict[str, Any]:
+        args = ocp.args.Composite(layout=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)["layout"]
+
     def _read(self, step: int, state: TrainState):
-        layout = self._manager.restore(step, args=ocp.args.Composite(layout=ocp.args.JsonRestore()))
-        groups = layout["layout"]["statistics_groups"]
+        groups = self._layout(step)["statistics_groups"]
         target = jax.tree.map(_as_numpy_target, _without_key_type(state))
         stats = jax.tree.map(lambda x: np.zeros((groups, *x.shape), x.dtype), target.batch_stats)
         try:

@@ -2,7 +2,9 @@
 
 import argparse
 import json
+import os
 import pathlib
+import re
 import sys
 from collections.abc import Callable, Sequence
 
@@ -11,6 +13,7 @@ from absl import logging
 
 from mbn_jax.config_files import parse_config
 from mbn_jax.errors import UserError
+from mbn_jax.preemption import StoppedError, stop_on_sigterm
 
 EXAMPLE_CONFIG = "configs/digits.py"
 EXAMPLE = f"mbn-train --config={EXAMPLE_CONFIG} --workdir=runs/digits"
@@ -18,6 +21,14 @@ SWEEP_EXAMPLE = "mbn-sweep experiments/memory_size.py --workdir=runs/memory_size
 FAILED = 1
 USER_MISTAKE = 2
 DIVERGED = 3
+STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h: schedulers can be told to run such a command again."""
+
+HEARTBEAT_TIMEOUT = 100
+LOST_HOST = re.compile(
+    r"gloo|nccl|UNAVAILABLE|DEADLINE_EXCEEDED|coordination service", re.IGNORECASE
+)
+"""In errors of JAX that are about another host."""
 
 
 def train_command(argv: Sequence[str]) -> int:
@@ -35,7 +46,9 @@ def train_command(argv: Sequence[str]) -> int:
 
 Every field of mbn_jax/config.py can be set with --config.FIELD=VALUE. In the workdir: config.json,
 metrics.jsonl (one record a line), TensorBoard events, checkpoints/ and curves.png.
-Exit status: 0 done, {USER_MISTAKE} a mistake in the input, {DIVERGED} the loss was not finite.""",
+Exit status: 0 done, {USER_MISTAKE} a mistake in the input or a workdir that cannot be written,
+{DIVERGED} the loss was not finite, {STOPPED} stopped by SIGTERM and saved, or another host is gone:
+run it again, 130 interrupted.""",
     )
     parser.add_argument("--config", help="config file, a Python file with get_config()")
     parser.add_argument("--workdir", help="folder of the run; made if missing")
@@ -51,6 +64,13 @@ Exit status: 0 done, {USER_MISTAKE} a mistake in the input, {DIVERGED} the loss 
     hosts.add_argument("--coordinator_address", help="or name the first one, HOST:PORT,")
     hosts.add_argument("--num_processes", type=int, help="how many there are,")
     hosts.add_argument("--process_id", type=int, help="and which one this is, from 0")
+    hosts.add_argument(
+        "--heartbeat_timeout",
+        type=int,
+        default=HEARTBEAT_TIMEOUT,
+        metavar="SECONDS",
+        help="after which a silent host counts as gone, and the others end (default: %(default)s)",
+    )
     args, overrides = parser.parse_known_args(argv)
     if not args.config:
         raise UserError(f"--config is missing; one that works: {EXAMPLE}")
@@ -59,12 +79,20 @@ Exit status: 0 done, {USER_MISTAKE} a mistake in the input, {DIVERGED} the loss 
             f"--workdir is missing, the folder for what the run writes; for example: {EXAMPLE}"
         )
     config = parse_config(args.config, overrides)
-    join_hosts(args.distributed, args.coordinator_address, args.num_processes, args.process_id)
+    join_hosts(
+        args.distributed,
+        args.coordinator_address,
+        args.num_processes,
+        args.process_id,
+        args.heartbeat_timeout,
+    )
 
-    from mbn_jax.train import DivergenceError, run_title, train  # Slow to import: TFDS, Orbax.
+    from mbn_jax.divergence import DivergenceError  # Slow to import: TFDS, Orbax.
+    from mbn_jax.train import run_title, train
 
     try:
-        values = train(config, pathlib.Path(args.workdir))
+        with stop_on_sigterm() as stop_asked:
+            values = train(config, pathlib.Path(args.workdir), stop_asked=stop_asked)
     except DivergenceError as error:
         print(f"mbn-train: {error}", file=sys.stderr)
         return DIVERGED
@@ -196,8 +224,12 @@ def join_hosts(
     coordinator_address: str | None,
     num_processes: int | None,
     process_id: int | None,
+    heartbeat_timeout: int,
 ) -> None:
     """Joins the other hosts of a run, where flags say that there are any.
+
+    A host that is silent for `heartbeat_timeout` seconds, or waits as long for the others at its
+    end, ends them all.
 
     Raises:
       UserError: for half an answer, or where no cluster is found.
@@ -213,7 +245,11 @@ def join_hosts(
             "or --distributed on a cluster."
         )
     try:
-        jax.distributed.initialize(*named)
+        jax.distributed.initialize(
+            *named,
+            heartbeat_timeout_seconds=heartbeat_timeout,
+            shutdown_timeout_seconds=heartbeat_timeout,
+        )
     except (ValueError, RuntimeError) as error:
         raise UserError(f"cannot join the other hosts: {' '.join(str(error).split())}") from error
 
@@ -225,6 +261,20 @@ def _run(command: Callable[[Sequence[str]], int], name: str) -> None:
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         status = USER_MISTAKE
+    except StoppedError as error:
+        if jax.process_index() == 0:
+            print(f"{name}: {error}; the same command goes on", file=sys.stderr)
+        status = STOPPED
+    except jax.errors.JaxRuntimeError as error:
+        if not jax.distributed.is_initialized() or not LOST_HOST.search(str(error)):
+            raise
+        print(
+            f"{name}: another host is gone ({str(error).splitlines()[0]}); start all of them "
+            "again, and the run goes on from its last checkpoint",
+            file=sys.stderr,
+            flush=True,
+        )
+        os._exit(STOPPED)  # The ordinary way out waits for the other host.
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command goes on", file=sys.stderr)
         status = 130
