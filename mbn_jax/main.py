@@ -28,7 +28,7 @@ HEARTBEAT_TIMEOUT = 100
 LOST_HOST = re.compile(
     r"gloo|nccl|UNAVAILABLE|DEADLINE_EXCEEDED|coordination service", re.IGNORECASE
 )
-"""In errors of JAX that are about another host."""
+"""In errors of JAX that are about another host, once there are any."""
 
 
 def train_command(argv: Sequence[str]) -> int:
@@ -265,7 +265,7 @@ def _run(command: Callable[[Sequence[str]], int], name: str) -> None:
         if jax.process_index() == 0:
             print(f"{name}: {error}; the same command goes on", file=sys.stderr)
         status = STOPPED
-    except jax.errors.JaxRuntimeError as error:
+    except (RuntimeError, ValueError) as error:  # JAX raises either for a lost connection.
         if not jax.distributed.is_initialized() or not LOST_HOST.search(str(error)):
             raise
         print(

@@ -1,5 +1,6 @@
 """What a run leaves for people: a progress line, `metrics.jsonl`, TensorBoard events, curves."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -107,9 +108,11 @@ class Reporter:
         lines = _lines(kept)
         replace(workdir / METRICS, lines)
         self._digest = hashlib.sha256(lines)
-        with writing(workdir):
-            self._metrics = (workdir / METRICS).open("ab")
+        with writing(workdir), contextlib.ExitStack() as files:
+            self._metrics = files.enter_context((workdir / METRICS).open("ab"))
             self._events = Events(workdir, first_step=first_step)
+            files.callback(self._events.close)
+            self._files = files.pop_all()
 
     def write(self, step: int, values: Mapping[str, float], *, only_events: bool = False) -> None:
         """Writes one record: a line of `metrics.jsonl`, and a scalar a value for TensorBoard."""
@@ -167,10 +170,7 @@ class Reporter:
         if self._is_terminal and self._line_is_open:
             print(file=sys.stderr)
         with writing(self._workdir):
-            try:
-                self._metrics.close()
-            finally:
-                self._events.close()
+            self._files.close()
 
 
 def draw_curves(workdir: pathlib.Path, title: str) -> None:

@@ -78,10 +78,11 @@ def train(
         if is_first and not (workdir / CONFIG).exists():
             save_config(config, workdir)
 
-    restores = 0
+    restores, went_back_to = 0, None
     while True:
         start = _restore(program, config, workdir)
-        restores = start.restores = max(restores, start.restores)
+        if restores:
+            start.restores, start.went_back_to = restores, went_back_to
         reporter = Reporter(
             workdir,
             first_step=start.step,
@@ -89,23 +90,25 @@ def train(
             on_record=on_record,
             silent=not is_first,
         )
-        if start.step or restores:
+        if start.step:
             reporter.say(f"resumed from the checkpoint of step {start.step}")
         try:
             _train_from(start, program, config, workdir, reporter, stop_asked)
             break
         except DivergenceError as error:
-            again = _restore(program, config, workdir)
-            began = where_it_began(program, _slowed(config, restores), again.state, error)
+            state = _restore(program, config, workdir).state
+            began = where_it_began(program, _slowed(config, start.restores), state, error)
             told = f"{error}; {began}"
+            restores = start.restores
             if config.on_divergence != "restore" or restores == config.max_restores:
                 gave_up = f" after {restores} restores" if restores else ""
                 raise DivergenceError(
                     f"{told}; training stopped{gave_up}. {REMEDY}", error.step, error.after_update
                 ) from error
             restores += 1
+            went_back_to = _go_back(program, config, workdir, start.went_back_to)
             reporter.say(
-                f"{told}; going back to step {again.step} with half the learning rate, "
+                f"{told}; going back to step {went_back_to} with half the learning rate, "
                 f"{restores} of {config.max_restores} times."
             )
     with first_host_first(), writing(workdir):
@@ -122,12 +125,14 @@ class _Start:
       state: arrays `[devices, ...]`.
       step: of it.
       restores: times that the run went back to a checkpoint before.
+      went_back_to: the step of it, the last time.
       pending: metrics of steps before it that are on no record yet, `[1, steps]`.
     """
 
     state: TrainState
     step: int
     restores: int
+    went_back_to: int | None
     pending: dict[str, np.ndarray]
 
 
@@ -148,7 +153,33 @@ def _restore(program: Program, config: ConfigDict, workdir: pathlib.Path) -> _St
     step = int(first_device(state.step))
     check_records(workdir, step, notes.get("records"))
     pending = {k: np.array([v], np.float32) for k, v in notes.get("pending", {}).items()}
-    return _Start(state, step, notes.get("restores", 0), pending)
+    return _Start(state, step, notes.get("restores", 0), notes.get("went_back_to"), pending)
+
+
+def _go_back(
+    program: Program, config: ConfigDict, workdir: pathlib.Path, not_to: int | None
+) -> int:
+    """Leaves the checkpoint to go back to after divergence as the newest; returns its step.
+
+    That is the same one whether or not the run was stopped and saved in between.
+    """
+    with writing(workdir):
+        every = _checkpoint_every(program, config)
+        checkpoints = Checkpoints(workdir / CHECKPOINTS, every=every)
+        try:
+            return checkpoints.go_back(not_to)
+        finally:
+            checkpoints.close()
+
+
+def _steps_per_epoch(program: Program, config: ConfigDict) -> int:
+    """Returns the steps of an epoch, to a whole number of dispatches."""
+    stride = config.steps_per_dispatch
+    return -(-steps_per_epoch(config, len(program.experiment.train)) // stride) * stride
+
+
+def _checkpoint_every(program: Program, config: ConfigDict) -> int:
+    return config.checkpoint_every_steps or _steps_per_epoch(program, config)
 
 
 def _train_from(
@@ -161,18 +192,20 @@ def _train_from(
 ) -> None:
     """Trains to the end, saving checkpoints; closes the reporter."""
     with writing(workdir):
-        checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=config.keep_checkpoints)
+        every = _checkpoint_every(program, config)
+        checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=config.keep_checkpoints, every=every)
     local = program.experiment.local_statistics
     try:
-        for state, pending in _run(start, program, config, reporter, stop_asked):
+        for state, pending, temporary in _run(start, program, config, reporter, stop_asked):
             notes = {
                 "config": fields(config),
                 "restores": start.restores,
+                "went_back_to": start.went_back_to,
                 "pending": pending,
                 "records": reporter.sync(),
             }
             with writing(workdir):
-                checkpoints.save(state, local_statistics=local, notes=notes)
+                checkpoints.save(state, local_statistics=local, notes=notes, temporary=temporary)
     finally:
         try:
             reporter.close()
@@ -192,18 +225,20 @@ def _run(
     config: ConfigDict,
     reporter: Reporter,
     stop_asked: StopAsked | None,
-) -> Iterator[tuple[TrainState, dict[str, list[float]]]]:
-    """Trains to the end; yields the state wherever it is to be saved, and what is on no record."""
+) -> Iterator[tuple[TrainState, dict[str, list[float]], bool]]:
+    """Trains to the end.
+
+    Yields:
+      The state, wherever it is to be saved; the metrics that are on no record yet; whether it is
+      saved only because the run stops.
+    """
     experiment = program.experiment
     config = _slowed(config, start.restores)
     schedule = experiment.schedule(config)
     check = FiniteCheck(schedule, goes_on=config.on_divergence == "continue", say=reporter.say)
-    stride = config.steps_per_dispatch
     total_steps = experiment.total_steps
-    # To a whole number of dispatches.
-    epoch = -(-steps_per_epoch(config, len(experiment.train)) // stride) * stride
-    eval_every = config.eval_every_steps or epoch
-    checkpoint_every = config.checkpoint_every_steps or epoch
+    eval_every = config.eval_every_steps or _steps_per_epoch(program, config)
+    checkpoint_every = _checkpoint_every(program, config)
     shift_every = config.shift.every_steps
     pending: list[Any] = [start.pending] if start.pending else []
     clock, clock_step, before = time.monotonic(), start.step, start.step
@@ -252,7 +287,7 @@ def _run(
             reporter.write(step, values)
         if saves or stops:
             check.params(state, step)
-            yield state, {name: x.tolist() for name, x in found.items()}
+            yield state, {name: x.tolist() for name, x in found.items()}, not saves
         if stops:
             raise StoppedError(f"stopped after step {step}, which is saved")
         clock, clock_step = time.monotonic(), step

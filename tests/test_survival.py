@@ -1,8 +1,15 @@
 """What a run survives: kills, signals, damaged files, a full disk, lost hosts, bad numbers."""
 
 import functools
+import os
 import pathlib
+import re
 import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
@@ -10,9 +17,15 @@ import numpy as np
 import optax
 import pytest
 
+from mbn_jax import divergence
 from mbn_jax.checkpoints import Checkpoints
-from mbn_jax.config import default_config
+from mbn_jax.config import default_config, program_key
+from mbn_jax.config_files import with_fields
+from mbn_jax.divergence import DivergenceError
 from mbn_jax.double_forward import TrainState
+from mbn_jax.errors import UserError
+from mbn_jax.evaluation import evaluate_run
+from mbn_jax.experiment import Experiment
 from mbn_jax.parallel import replicate
 from mbn_jax.preemption import StoppedError
 from mbn_jax.program import Programs
@@ -141,3 +154,424 @@ def test_damage_to_any_file_of_a_checkpoint_is_named_and_the_one_before_restored
         checkpoints.discard_damaged()
         assert sorted(path.name for path in folder.iterdir()) == ["1", "2"]
         checkpoints.close()
+
+
+@pytest.fixture(scope="module")
+def finished_run(data_dir, tmp_path_factory):
+    """A run of ten steps and its config."""
+    config = default_config()
+    config.update_from_flattened_dict(
+        {
+            "dataset.data_dir": data_dir,
+            "dataset.train_split": "train[:640]",
+            "dataset.test_split": "test[:100]",
+            "batch_size": 16,
+            "num_epochs": 0.25,
+            "model.features": (8, 8),
+            "log_every_steps": 2,
+        }
+    )
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    values = train(config, workdir)
+    return config, workdir, values
+
+
+def damaged(run, folder, name, damage):
+    """Returns a copy of a run with one file damaged."""
+    shutil.copytree(run, folder)
+    damage(folder / name)
+    return folder
+
+
+def change_a_digit(path):
+    text = path.read_text()
+    at = text.index("0.97" if path.name == "config.json" else "train_loss") + 15
+    at = next(i for i in range(at - 15, len(text)) if text[i] == "7")
+    path.write_text(f"{text[:at]}3{text[at + 1 :]}")
+
+
+def put_garbage_in_the_middle(path):
+    lines = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([*lines[:2], "garbage\n", *lines[2:]]))
+
+
+@pytest.mark.parametrize(
+    ("name", "damage", "of_training", "of_evaluation"),
+    [
+        ("config.json", flip_a_bit, "config.json is damaged|another config", "damaged|another"),
+        ("config.json", cut_in_half, "config.json is damaged", "config.json is damaged"),
+        ("config.json", pathlib.Path.unlink, None, "it has no config.json"),
+        ("config.json", change_a_digit, "norm.decay was 0.93 and is 0.97", "decay was 0.97 and is"),
+        ("metrics.jsonl", flip_a_bit, "metrics.jsonl is damaged", None),
+        ("metrics.jsonl", cut_in_half, "metrics.jsonl is damaged", None),
+        ("metrics.jsonl", change_a_digit, "metrics.jsonl is damaged", None),
+        ("metrics.jsonl", put_garbage_in_the_middle, "Line 3 of .*metrics.jsonl is damaged", None),
+    ],
+)
+def test_damage_to_the_other_files_of_a_run_is_named(
+    finished_run, tmp_path, name, damage, of_training, of_evaluation
+):
+    config, run, values = finished_run
+    workdir = damaged(run, tmp_path / "run", name, damage)
+    if of_evaluation:
+        with pytest.raises(UserError, match=of_evaluation):
+            evaluate_run(workdir)
+    else:
+        assert evaluate_run(workdir)["error"] == values["test_error"]
+    if of_training:
+        with pytest.raises(UserError, match=of_training):
+            train(config, workdir)
+    else:
+        assert train(config, workdir) == values
+
+
+def test_another_config_is_refused_where_config_json_is_gone(finished_run, tmp_path):
+    config, run, _ = finished_run
+    workdir = damaged(run, tmp_path / "run", "config.json", pathlib.Path.unlink)
+    with pytest.raises(UserError, match=r"norm\.decay was 0\.97 and is 0\.5"):
+        train(with_fields(config, {"norm.decay": 0.5}, "the test"), workdir)
+
+
+def test_lost_records_are_told_and_a_damaged_checkpoint_is_not_evaluated(
+    finished_run, tmp_path, caplog
+):
+    config, run, _ = finished_run
+    workdir = damaged(run, tmp_path / "run", "metrics.jsonl", pathlib.Path.unlink)
+    assert train(config, workdir) == {}
+    assert "the records up to step 10 are lost" in caplog.text
+    cut_in_half(workdir / CHECKPOINTS / "10" / "checksums.json")
+    with pytest.raises(UserError, match="no sound checkpoint to evaluate"):
+        evaluate_run(workdir)
+    assert "Skipped the checkpoint of step 10: checksums.json is damaged" in caplog.text
+
+
+def test_a_kill_while_a_checkpoint_is_written_leaves_nothing_behind(three_checkpoints, tmp_path):
+    shutil.copytree(three_checkpoints, tmp_path / "killed")
+    unfinished = tmp_path / "killed" / "4.orbax-checkpoint-tmp"
+    shutil.copytree(three_checkpoints / "3", unfinished)
+    checkpoints = Checkpoints(tmp_path / "killed")
+    assert checkpoints.notes["restores"] == 3
+    checkpoints.discard_damaged()
+    checkpoints.close()
+    assert not unfinished.exists()
+
+
+LIMIT_FILES = """
+import resource, signal
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (32 * 1024, resource.RLIM_INFINITY))
+"""
+"""Makes every write beyond 32 KiB of a file fail, as one to a full disk does."""
+
+
+def write_config(config, path):
+    path.write_text(
+        "import json\nfrom ml_collections import ConfigDict\n"
+        f"def get_config():\n  return ConfigDict(json.loads({config.to_json()!r}))\n"
+    )
+
+
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        process.kill()
+        process.communicate()
+
+
+def start(config, workdir, *options, code="", devices=1):
+    """Starts mbn-train in a process of its own."""
+    write_config(config, workdir.parent / "config.py")
+    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
+    program = f"import mbn_jax.main\n{code}\nmbn_jax.main.train_main()"
+    argv = [f"--config={workdir.parent / 'config.py'}", f"--workdir={workdir}", *options]
+    process = subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", program, *argv],
+        env=os.environ | {"XLA_FLAGS": flags},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    STARTED.append(process)
+    return process
+
+
+def test_a_full_disk_ends_a_run_in_one_sentence_and_it_goes_on_when_there_is_space(
+    config, tmp_path
+):
+    config.model.features = (8, 48)  # A checkpoint file of more than 32 KiB.
+    workdir = tmp_path / "full"
+    with pytest.raises(StoppedError):
+        train(config, workdir, stop_asked=lambda first, last: last == 15)
+    process = start(config, workdir, code=LIMIT_FILES)
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 2, told
+    sentence = (
+        f"mbn-train: Cannot write to --workdir={workdir}: File too large; with that mended, the "
+        "same command goes on from the last checkpoint.\n"
+    )
+    assert told.endswith(sentence)
+    assert "Traceback" not in told
+    train(config, workdir)
+    train(config, tmp_path / "whole")
+    assert_same_run(config, workdir, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("number", [28, 30], ids=["full", "read-only"])
+def test_a_disk_that_is_full_or_read_only_is_told_wherever_it_is_noticed(
+    config, tmp_path, monkeypatch, number
+):
+    def fail(*args, **kwargs):
+        raise OSError(number, os.strerror(number))
+
+    for owner, name in (
+        ("mbn_jax.reporting.os", "fsync"),
+        ("mbn_jax.events.RecordWriter", "write"),
+        ("mbn_jax.train", "draw_curves"),
+        ("pathlib.Path", "write_bytes"),
+        ("mbn_jax.checkpoints.ocp.CheckpointManager", "save"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"{owner}.{name}", fail)
+            with pytest.raises(UserError, match=os.strerror(number)):
+                train(with_fields(config, {"num_epochs": 0.1}, "the test"), tmp_path / name)
+
+
+def test_an_error_that_is_not_of_the_disk_is_not_taken_for_one(three_checkpoints, tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    state = replicate(small_state())
+    with pytest.raises(TypeError, match="not JSON serializable"):
+        checkpoints.save(state, local_statistics=False, notes={"set": {1}})
+    checkpoints.close()
+
+
+# A rate at which the first layer's outputs overflow after some steps.
+DIVERGING = {"norm.name": "none", "optimizer.learning_rate": 1e12}
+
+
+def test_divergence_names_step_rate_and_the_first_layer(config, tmp_path):
+    config = with_fields(config, {**DIVERGING, "checkpoint_every_steps": 1}, "the test")
+    with pytest.raises(DivergenceError) as error:
+        train(config, tmp_path / "close")
+    step = error.value.step
+    assert f"The loss of step {step} is " in str(error.value)
+    assert "at learning rate" in str(error.value)
+    assert "first layer whose statistics are not finite is Affine_" in str(error.value)
+    # From however far back it is looked for, it is the same.
+    config.checkpoint_every_steps = 20
+    with pytest.raises(
+        DivergenceError, match=rf"step {step} is .*replaying {step - 1} steps"
+    ) as far:
+        train(config, tmp_path / "far")
+    layer = str(error.value).split("not finite is ")[1].split()[0]
+    assert f"not finite is {layer} " in str(far.value)
+
+
+@pytest.mark.parametrize("bad", ["MemorizedBatchNorm_1", None])
+def test_the_layer_that_is_named_is_the_one_that_was_bad(config, tmp_path, monkeypatch, bad):
+    """Parameters are made bad from step 12 on, at one place of the network."""
+    place = {"MemorizedBatchNorm_1": "Conv_1", None: "Dense_0"}[bad]
+    programs = Programs(jax.devices()[:1])
+    make = Experiment.step
+
+    def spoiled(self, values):
+        step = make(self, values)
+
+        def spoil(state, batch):
+            state, metrics = step(state, batch)
+            kernel = state.params[place]["kernel"]
+            kernel = jnp.where(state.step == 12, kernel.at[..., 0].set(jnp.nan), kernel)
+            layer = {**state.params[place], "kernel": kernel}
+            return state.replace(params={**state.params, place: layer}), metrics
+
+        return spoil
+
+    monkeypatch.setattr(Experiment, "step", spoiled)
+    with pytest.raises(DivergenceError) as error:
+        train(config, tmp_path, programs=programs)
+    assert "The loss of step 13 is nan" in str(error.value)
+    assert "by replaying 2 steps from step 10" in str(error.value)
+    told = f"not finite is {bad} " if bad else "no normalization layer's statistics are, the loss"
+    assert told in str(error.value)
+    # Where that would take long, it is not looked for.
+    monkeypatch.setattr(divergence, "MAX_REPLAYED_STEPS", 1)
+    with pytest.raises(DivergenceError, match="its layer was not looked for"):
+        train(config, tmp_path, programs=programs)
+
+
+def test_a_run_that_diverges_goes_back_at_half_the_rate_and_resumes_bit_for_bit(
+    config, tmp_path, capsys
+):
+    fields = {"norm.name": "none", "schedule.name": "constant", "on_divergence": "restore"}
+    config = with_fields(config, {**fields, "max_restores": 4, "log_every_steps": 1}, "the test")
+    config.optimizer.learning_rate = 2.8
+    values = train(config, tmp_path / "whole")
+    assert np.isfinite(values["train_loss"])
+    told = capsys.readouterr().err
+    assert "going back to step 20 with half the learning rate, 1 of 4 times" in told
+    # It diverged from there again: the checkpoint was no good.
+    assert "going back to step 10 with half the learning rate, 2 of 4 times" in told
+    last = records(tmp_path / "whole")[-1]
+    assert last["learning_rate"] == pytest.approx(2.8 / 2 ** last["restores"])
+    for step in (12, 22, 25):
+        name = f"stopped{step}"
+        with pytest.raises(StoppedError):
+            train(config, tmp_path / name, stop_asked=lambda first, last, at=step: last == at)
+        train(config, tmp_path / name)
+        assert_same_run(config, tmp_path / "whole", tmp_path / name)
+    config.max_restores = 1
+    with pytest.raises(DivergenceError, match="training stopped after 1 restores"):
+        train(config, tmp_path / "bounded")
+
+
+def test_a_run_may_go_on_with_a_loss_that_is_not_finite(config, tmp_path, capsys):
+    config = with_fields(config, {**DIVERGING, "on_divergence": "continue"}, "the test")
+    values = train(config, tmp_path)
+    assert values["step"] == 40
+    assert not np.isfinite(values["train_loss"])
+    told = capsys.readouterr().err
+    assert told.count("training goes on, as on_divergence='continue' says") == 1
+
+
+def test_fields_of_the_host_need_no_other_program(config):
+    for field, value in (("on_divergence", "restore"), ("max_restores", 5), ("log_every_steps", 1)):
+        assert program_key(with_fields(config, {field: value}, "the test")) == program_key(config)
+
+
+def wait_for_records(workdir, process, count):
+    """Waits until a run that started has written so many records more."""
+    begin = time.monotonic()
+    while len(read_metrics(workdir)) < count:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() - begin < 300
+        time.sleep(0.01)
+
+
+def finish(config, workdir):
+    process = start(config, workdir)
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+
+
+def test_sigterm_saves_and_ends_with_a_status_of_its_own(config, tmp_path):
+    config.num_epochs = 200.0
+    process = start(config, tmp_path / "run")
+    wait_for_records(tmp_path / "run", process, 3)
+    process.send_signal(signal.SIGTERM)
+    _, told = process.communicate(timeout=300)
+    assert process.returncode == 75, told
+    (step,) = re.findall(
+        r"mbn-train: stopped after step (\d+), which is saved; the same command goes on", told
+    )
+    assert "Traceback" not in told
+    assert (tmp_path / "run" / CHECKPOINTS / step / "checksums.json").exists()
+
+
+DIE = """
+import os, signal
+import mbn_jax.checkpoints as module
+from mbn_jax import train
+
+def die(*_, **__):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def dies_at(call, number):
+    count = []
+    def wrapper(*args, **kwargs):
+        count.append(1)
+        return die() if len(count) == number else call(*args, **kwargs)
+    return wrapper
+"""
+KILLS = {
+    "before the first step": "module.Checkpoints.restore = die",
+    "before a checkpoint is sealed": "module._checksums = dies_at(module._checksums, 2)",
+    "within a save": "os.rename = dies_at(os.rename, 5)",
+    "between record and save": "train.Reporter.sync = dies_at(train.Reporter.sync, 1)",
+}
+
+
+def test_killed_within_a_save_and_elsewhere_a_run_is_the_same(config, tmp_path):
+    config.num_epochs = 0.8
+    for kill in KILLS.values():
+        process = start(config, tmp_path / "killed", code=DIE + kill)
+        _, told = process.communicate(timeout=300)
+        assert process.returncode == -signal.SIGKILL, told
+    finish(config, tmp_path / "killed")
+    finish(config, tmp_path / "whole")
+    assert_same_run(config, tmp_path / "whole", tmp_path / "killed")
+
+
+def start_two_hosts(config, workdir):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    return [
+        start(
+            config,
+            workdir,
+            f"--coordinator_address={address}",
+            "--num_processes=2",
+            f"--process_id={host}",
+            "--heartbeat_timeout=10",
+        )
+        for host in range(2)
+    ]
+
+
+def test_one_of_two_hosts_is_asked_to_stop_or_dies(config, tmp_path):
+    config.num_epochs = 4.0
+    workdir = tmp_path / "run"
+    hosts = start_two_hosts(config, workdir)
+    wait_for_records(workdir, hosts[0], 3)
+    hosts[1].send_signal(signal.SIGTERM)
+    told = [host.communicate(timeout=300)[1] for host in hosts]
+    assert [host.returncode for host in hosts] == [75, 75], told
+    assert "stopped after step" in told[0]
+    hosts = start_two_hosts(config, workdir)
+    wait_for_records(workdir, hosts[0], len(read_metrics(workdir)) + 2)
+    hosts[1].kill()
+    begin = time.monotonic()
+    told = hosts[0].communicate(timeout=300)[1]
+    assert time.monotonic() - begin < 60  # And not for ever.
+    assert hosts[0].returncode == 75, told
+    assert "another host is gone" in told
+    assert "start all of them again" in told
+    assert "Traceback" not in told
+    hosts = start_two_hosts(config, workdir)
+    told = [host.communicate(timeout=300)[1] for host in hosts]
+    assert [host.returncode for host in hosts] == [0, 0], told
+    whole = start_two_hosts(config, tmp_path / "whole")
+    told = [host.communicate(timeout=300)[1] for host in whole]
+    assert [host.returncode for host in whole] == [0, 0], told
+    assert records(workdir) == records(tmp_path / "whole")
+
+
+NO_PICKLE = """
+import sys
+sys.addaudithook(lambda event, args: _forbid(event))
+def _forbid(event):
+    if event == "pickle.find_class" and not allowed:
+        raise AssertionError("something is unpickled")
+allowed = []
+import pickle
+from mbn_jax.errors import UserError
+pickled = pickle.dumps(UserError("a class"))
+try:
+    pickle.loads(pickled)
+except AssertionError:
+    print("the hook works")
+"""
+
+
+def test_nothing_that_a_run_reads_is_unpickled(config, tmp_path):
+    """By an audit event of Python, raised whenever a pickle names a class or a function."""
+    with pytest.raises(StoppedError):
+        train(config, tmp_path / "run", stop_asked=lambda first, last: last == 15)
+    process = start(config, tmp_path / "run", code=NO_PICKLE)
+    told = process.communicate(timeout=300)
+    assert process.returncode == 0, told
+    assert "the hook works" in told[0]
