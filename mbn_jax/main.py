@@ -6,6 +6,8 @@ import os
 import pathlib
 import re
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Sequence
 
 import jax
@@ -25,6 +27,9 @@ STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: schedulers can be told to run such a command again."""
 
 HEARTBEAT_TIMEOUT = 100
+SECONDS_TO_LEAVE = 10.0
+"""After an error, for the other hosts to have it too."""
+
 LOST_HOST = re.compile(
     r"gloo|nccl|UNAVAILABLE|DEADLINE_EXCEEDED|coordination service", re.IGNORECASE
 )
@@ -265,20 +270,37 @@ def _run(command: Callable[[Sequence[str]], int], name: str) -> None:
         if jax.process_index() == 0:
             print(f"{name}: {error}; the same command goes on", file=sys.stderr)
         status = STOPPED
-    except (RuntimeError, ValueError) as error:  # JAX raises either for a lost connection.
-        if not jax.distributed.is_initialized() or not LOST_HOST.search(str(error)):
-            raise
-        print(
-            f"{name}: another host is gone ({str(error).splitlines()[0]}); start all of them "
-            "again, and the run goes on from its last checkpoint",
-            file=sys.stderr,
-            flush=True,
-        )
-        os._exit(STOPPED)  # The ordinary way out waits for the other host.
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command goes on", file=sys.stderr)
         status = 130
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        # JAX raises RuntimeError or ValueError for a lost connection.
+        if isinstance(error, RuntimeError | ValueError) and LOST_HOST.search(str(error)):
+            print(
+                f"{name}: another host is gone ({str(error).splitlines()[0]}); start all of them "
+                "again, and the run goes on from its last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(STOPPED)  # The ordinary way out waits for the other host.
+        traceback.print_exc()
+        status = FAILED
+    if status not in (0, STOPPED) and jax.distributed.is_initialized():
+        _leave_hosts(status)
     sys.exit(status)
+
+
+def _leave_hosts(status: int) -> None:
+    """Ends the process, whether or not the other hosts come to the same end in time."""
+    leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    leaving.start()
+    leaving.join(SECONDS_TO_LEAVE)
+    if leaving.is_alive():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # The others wait for this one, and notice.
 
 
 def sweep_main() -> None:
