@@ -1,6 +1,8 @@
 """What a run does about a loss that is not finite: says when, and where in the network it began."""
 
+import functools
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -14,8 +16,10 @@ from mbn_jax.experiment import Batch
 from mbn_jax.norm_inputs import record_norm_inputs
 from mbn_jax.norms import LAYERS
 from mbn_jax.parallel import AXIS_NAME, first_device, replicate
-from mbn_jax.program import Program
 from mbn_jax.recording import BATCH_MOMENTS
+
+if TYPE_CHECKING:
+    from mbn_jax.program import Program
 
 MAX_REPLAYED_STEPS = 10_000
 """Of a run that diverged, to find the layer; as many steps as were trained for it before."""
@@ -89,7 +93,7 @@ class FiniteCheck:
 
 
 def where_it_began(
-    program: Program, config: ConfigDict, state: TrainState, error: DivergenceError
+    program: "Program", config: ConfigDict, state: TrainState, error: DivergenceError
 ) -> str:
     """Finds the first layer whose statistics were not finite, by training up to there again.
 
@@ -116,29 +120,48 @@ def where_it_began(
     for _, before, _, _ in program.dispatches(config, state, last_step):
         jax.block_until_ready(before.step)  # Nothing piles up on the device.
     block, _ = next(program.blocks(config, last_step))
-    layers = _bad_layers(program, config, before, block, error.after_update)
+    layers = program.layer_check(config, before, block, error.after_update)
     found = f"found by replaying {count} steps from step {first_step}"
     if not layers:
         return f"no normalization layer's statistics are, the loss alone is ({found})"
     return f"the first layer whose statistics are not finite is {layers[0]} ({found})"
 
 
-def _bad_layers(
-    program: Program, config: ConfigDict, state: TrainState, block: Batch, after_update: bool
-) -> list[str]:
-    """Returns the layers whose statistics are not finite, in the order in which they are called.
+class LayerCheck:
+    """Finds the layers with statistics that are not finite, in runs that one program serves."""
 
-    Args:
-      program: that serves the run.
-      config: of the run.
-      state: arrays `[devices, ...]`.
-      block: with the batch of the next step.
-      after_update: whether to look after the next update, on its own batch again.
-    """
-    experiment = program.experiment
-    order: list[str] = []
+    def __init__(self, program: "Program"):
+        """Compiles nothing yet."""
+        self._program = program
+        self._order: list[str] = []
+        self._sound = {
+            after_update: program.map_over_devices(
+                functools.partial(self._device_sound, after_update=after_update)
+            )
+            for after_update in (False, True)
+        }
 
-    def finite(state: TrainState, values: Batch, data: Batch, block: Batch) -> list[jax.Array]:
+    def __call__(
+        self, config: ConfigDict, state: TrainState, block: Batch, after_update: bool
+    ) -> list[str]:
+        """Returns the layers, in the order in which they are called.
+
+        Args:
+          config: of the run.
+          state: arrays `[devices, ...]`.
+          block: with the batch of the next step.
+          after_update: whether to look after the next update, on its own batch again.
+        """
+        values = replicate(config_lib.traced_values(config), self._program.devices)
+        data = self._program.data(self._program.experiment.train)
+        sound = jax.device_get(first_device(self._sound[after_update](state, values, data, block)))
+        return [layer for layer, is_sound in zip(self._order, sound, strict=True) if not is_sound]
+
+    def _device_sound(
+        self, state: TrainState, values: Batch, data: Batch, block: Batch, *, after_update: bool
+    ) -> list[jax.Array]:
+        """Returns for each layer, as called, whether its input's and its own moments are finite."""
+        experiment = self._program.experiment
         batch = experiment.batch_of_step(values, state, data, block)
         new = experiment.step(values)(state, batch)[0] if after_update else state
         with record_norm_inputs(LAYERS) as recorded:
@@ -150,16 +173,10 @@ def _bad_layers(
                 rngs={"dropout": state.key},
             )
         kept = experiment.inference_statistics(new.batch_stats, values)
-        order[:] = recorded
+        self._order = list(recorded)  # While it is traced; the outputs of a dict would be sorted.
         sound = []
         for layer, moments in recorded.items():
             numbers = (moments.mean, moments.var, *kept.get(layer, ()))
             is_finite = jnp.stack([jnp.isfinite(x).all() for x in numbers]).all()
             sound.append(jax.lax.pmin(is_finite.astype(jnp.int32), AXIS_NAME))
         return sound
-
-    values = replicate(config_lib.traced_values(config), program.devices)
-    data = program.data(experiment.train)
-    found = program.map_over_devices(finite)(state, values, data, block)
-    sound = jax.device_get(first_device(found))
-    return [layer for layer, is_sound in zip(order, sound, strict=True) if not is_sound]

@@ -18,6 +18,7 @@ from mbn_jax import config as config_lib
 from mbn_jax.batch_stats import pool_batch_stats
 from mbn_jax.datasets.images import Split
 from mbn_jax.datasets.pipeline import evaluation_batches, training_blocks
+from mbn_jax.divergence import LayerCheck
 from mbn_jax.double_forward import TrainState
 from mbn_jax.experiment import Batch, Experiment
 from mbn_jax.norm_inputs import recalibrated
@@ -92,6 +93,11 @@ class Program:
     def shift(self) -> ShiftMeter:
         """What measures the shift of the statistics."""
         return ShiftMeter(self)
+
+    @functools.cached_property
+    def layer_check(self) -> LayerCheck:
+        """What finds the layers with statistics that are not finite."""
+        return LayerCheck(self)
 
     def initial_state(self, config: ConfigDict) -> TrainState:
         """Returns the state of one device before the first step."""

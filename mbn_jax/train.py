@@ -1,6 +1,5 @@
 """The training run: from a configuration and a folder to a trained network and its curves."""
 
-import dataclasses
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -14,7 +13,6 @@ from ml_collections import ConfigDict
 from mbn_jax.batch_stats import pool_batch_stats
 from mbn_jax.checkpoints import Checkpoints
 from mbn_jax.config import fields, steps_per_epoch, traced_values
-from mbn_jax.config_files import with_fields
 from mbn_jax.diagnostics import memory_distance
 from mbn_jax.divergence import DivergenceError, FiniteCheck, where_it_began
 from mbn_jax.double_forward import TrainState
@@ -22,11 +20,18 @@ from mbn_jax.norms import memory_rule
 from mbn_jax.parallel import first_device, first_host_first, replicate
 from mbn_jax.preemption import StopAsked, StoppedError
 from mbn_jax.program import Program, Programs
-from mbn_jax.reporting import Reporter, check_records, draw_curves, read_metrics
+from mbn_jax.reporting import Reporter, draw_curves, read_metrics
+from mbn_jax.resuming import (
+    Start,
+    find_start,
+    go_back,
+    slowed,
+    steps_per_checkpoint,
+    whole_epoch,
+)
 from mbn_jax.workdir import (
     CHECKPOINTS,
     CONFIG,
-    check_checkpoint,
     open_workdir,
     save_config,
     writing,
@@ -34,9 +39,6 @@ from mbn_jax.workdir import (
 
 LAST_VALUES = ("step", "train_", "test_", "recalibrated_test_")
 DISPATCHES_IN_FLIGHT = 8
-RATE_OF_RESTORED = 0.5
-"""Learning rate after going back to a checkpoint, as a share of that which diverged."""
-
 REMEDY = "Lower optimizer.learning_rate, or set gradient_clip_norm."
 
 
@@ -80,7 +82,7 @@ def train(
 
     restores, went_back_to = 0, None
     while True:
-        start = _restore(program, config, workdir)
+        start = find_start(program, config, workdir)
         if restores:
             start.restores, start.went_back_to = restores, went_back_to
         reporter = Reporter(
@@ -96,8 +98,8 @@ def train(
             _train_from(start, program, config, workdir, reporter, stop_asked)
             break
         except DivergenceError as error:
-            state = _restore(program, config, workdir).state
-            began = where_it_began(program, _slowed(config, start.restores), state, error)
+            state = find_start(program, config, workdir).state
+            began = where_it_began(program, slowed(config, start.restores), state, error)
             told = f"{error}; {began}"
             restores = start.restores
             if config.on_divergence != "restore" or restores == config.max_restores:
@@ -106,7 +108,7 @@ def train(
                     f"{told}; training stopped{gave_up}. {REMEDY}", error.step, error.after_update
                 ) from error
             restores += 1
-            went_back_to = _go_back(program, config, workdir, start.went_back_to)
+            went_back_to = go_back(program, config, workdir, start.went_back_to)
             reporter.say(
                 f"{told}; going back to step {went_back_to} with half the learning rate, "
                 f"{restores} of {config.max_restores} times."
@@ -117,73 +119,8 @@ def train(
     return last_values(workdir)
 
 
-@dataclasses.dataclass
-class _Start:
-    """What a run starts from.
-
-    Attributes:
-      state: arrays `[devices, ...]`.
-      step: of it.
-      restores: times that the run went back to a checkpoint before.
-      went_back_to: the step of it, the last time.
-      pending: metrics of steps before it that are on no record yet, `[1, steps]`.
-    """
-
-    state: TrainState
-    step: int
-    restores: int
-    went_back_to: int | None
-    pending: dict[str, np.ndarray]
-
-
-def _restore(program: Program, config: ConfigDict, workdir: pathlib.Path) -> _Start:
-    """Reads the newest sound checkpoint, or makes the state before the first step."""
-    fresh = program.initial_state(config)
-    with writing(workdir):
-        checkpoints = Checkpoints(workdir / CHECKPOINTS)
-        try:
-            local = program.experiment.local_statistics
-            state = checkpoints.restore(fresh, local_statistics=local, devices=program.devices)
-            notes = checkpoints.notes
-            checkpoints.discard_damaged()
-        finally:
-            checkpoints.close()
-    check_checkpoint(config, notes.get("config"), workdir)
-    state = replicate(fresh, program.devices) if state is None else state
-    step = int(first_device(state.step))
-    check_records(workdir, step, notes.get("records"))
-    pending = {k: np.array([v], np.float32) for k, v in notes.get("pending", {}).items()}
-    return _Start(state, step, notes.get("restores", 0), notes.get("went_back_to"), pending)
-
-
-def _go_back(
-    program: Program, config: ConfigDict, workdir: pathlib.Path, not_to: int | None
-) -> int:
-    """Leaves the checkpoint to go back to after divergence as the newest; returns its step.
-
-    That is the same one whether or not the run was stopped and saved in between.
-    """
-    with writing(workdir):
-        every = _checkpoint_every(program, config)
-        checkpoints = Checkpoints(workdir / CHECKPOINTS, every=every)
-        try:
-            return checkpoints.go_back(not_to)
-        finally:
-            checkpoints.close()
-
-
-def _steps_per_epoch(program: Program, config: ConfigDict) -> int:
-    """Returns the steps of an epoch, to a whole number of dispatches."""
-    stride = config.steps_per_dispatch
-    return -(-steps_per_epoch(config, len(program.experiment.train)) // stride) * stride
-
-
-def _checkpoint_every(program: Program, config: ConfigDict) -> int:
-    return config.checkpoint_every_steps or _steps_per_epoch(program, config)
-
-
 def _train_from(
-    start: _Start,
+    start: Start,
     program: Program,
     config: ConfigDict,
     workdir: pathlib.Path,
@@ -192,7 +129,7 @@ def _train_from(
 ) -> None:
     """Trains to the end, saving checkpoints; closes the reporter."""
     with writing(workdir):
-        every = _checkpoint_every(program, config)
+        every = steps_per_checkpoint(program, config)
         checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=config.keep_checkpoints, every=every)
     local = program.experiment.local_statistics
     try:
@@ -213,14 +150,8 @@ def _train_from(
             checkpoints.close()
 
 
-def _slowed(config: ConfigDict, restores: int) -> ConfigDict:
-    """Returns the config with the learning rate after so many restores."""
-    rate = config.optimizer.learning_rate * RATE_OF_RESTORED**restores
-    return with_fields(config, {"optimizer.learning_rate": rate}, "on_divergence")
-
-
 def _run(
-    start: _Start,
+    start: Start,
     program: Program,
     config: ConfigDict,
     reporter: Reporter,
@@ -233,12 +164,12 @@ def _run(
       saved only because the run stops.
     """
     experiment = program.experiment
-    config = _slowed(config, start.restores)
+    config = slowed(config, start.restores)
     schedule = experiment.schedule(config)
     check = FiniteCheck(schedule, goes_on=config.on_divergence == "continue", say=reporter.say)
     total_steps = experiment.total_steps
-    eval_every = config.eval_every_steps or _steps_per_epoch(program, config)
-    checkpoint_every = _checkpoint_every(program, config)
+    eval_every = config.eval_every_steps or whole_epoch(program, config)
+    checkpoint_every = steps_per_checkpoint(program, config)
     shift_every = config.shift.every_steps
     pending: list[Any] = [start.pending] if start.pending else []
     clock, clock_step, before = time.monotonic(), start.step, start.step
