@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 
+import jax
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -62,7 +63,8 @@ def find_start(program: Program, config: ConfigDict, workdir: pathlib.Path) -> S
     check_checkpoint(config, notes.get("config"), workdir)
     state = replicate(fresh, program.devices) if state is None else state
     step = int(first_device(state.step))
-    check_records(workdir, step, notes.get("records"))
+    if jax.process_index() == 0:  # The others may see an older file.
+        check_records(workdir, step, notes.get("records"))
     pending = {k: np.array([v], np.float32) for k, v in notes.get("pending", {}).items()}
     return Start(state, step, notes.get("restores", 0), notes.get("went_back_to"), pending)
 

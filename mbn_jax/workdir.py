@@ -59,8 +59,11 @@ def check_checkpoint(
 
 def make_folder(workdir: pathlib.Path) -> None:
     """Makes a workdir where it is missing; raises UserError where that cannot be."""
-    with writing(workdir):
-        workdir.mkdir(parents=True, exist_ok=True)
+    try:
+        with writing(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"Cannot write to --workdir={workdir}: {error.strerror}.") from error
 
 
 @contextlib.contextmanager
@@ -68,8 +71,6 @@ def writing(workdir: pathlib.Path) -> Iterator[None]:
     """Turns the errors of a workdir that cannot be written, or is full, into UserError."""
     try:
         yield
-    except (FileExistsError, NotADirectoryError) as error:
-        raise UserError(f"Cannot write to --workdir={workdir}: {error.strerror}.") from error
     except OSError as error:
         if error.errno not in UNWRITABLE:
             raise
