@@ -6,7 +6,7 @@ One run of digits goes through. Another, of the same config, gets SIGKILL at mom
 seed: while it starts, anywhere in training, within a save, and between a checkpoint and its seal;
 each time the same command goes on. Then parameters, statistics, optimizer and records (times apart)
 must be the same to the bit, and no record missing or there twice. Exit status 1 where they are not.
-Some 6 minutes on 2 CPU cores. Result: docs/survival.md.
+Some 10 minutes on 2 busy CPU cores. Result: docs/survival.md.
 """
 
 import argparse
