@@ -4,10 +4,16 @@ Orbax restores an array file with a flipped bit without complaint, so every file
 beside it. A checkpoint that is unfinished or does not match is named aloud and skipped.
 """
 
+import contextlib
 import functools
 import hashlib
 import json
 import pathlib
+import re
+import shutil
+import sys
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -29,6 +35,7 @@ from mbn_jax.parallel import (
 )
 
 SEAL = "checksums.json"
+UNFINISHED = "*.orbax-checkpoint-tmp*"
 
 
 class Checkpoints:
@@ -38,19 +45,39 @@ class Checkpoints:
     keeps its own (`[groups, ...]`, one group where they are synced).
     """
 
-    def __init__(self, folder: pathlib.Path, *, keep: int | None = None):
-        """Opens `folder` (made where it is missing), keeping the newest `keep` checkpoints."""
+    def __init__(self, folder: pathlib.Path, *, keep: int | None = None, every: int = 1):
+        """Opens `folder`, which is made where it is missing.
+
+        Args:
+          folder: of the checkpoints.
+          keep: so many of the newest; None: all.
+          every: how many steps there are between two; others are temporary.
+        """
         self._folder = folder.absolute()
         self._keep = keep
+        self._every = every
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
 
-    def save(self, state: TrainState, *, local_statistics: bool) -> None:
+    def save(
+        self,
+        state: TrainState,
+        *,
+        local_statistics: bool,
+        notes: Mapping[str, Any] | None = None,
+        temporary: bool = False,
+    ) -> None:
         """Saves the state of the devices, and returns when it is on disk and sealed.
 
         Args:
           state: arrays `[devices, ...]`.
           local_statistics: whether devices keep statistics of their own.
+          notes: of the run, as JSON has them; `notes` returns them.
+          temporary: whether it is to go on from, until the next is there, which would be there
+            without it too; it takes the place of no other.
+
+        Raises:
+          OSError: where the disk is full, or cannot be written.
         """
         host = jax.device_get(_without_key_type(first_device(state)))
         if local_statistics:
@@ -60,13 +87,21 @@ class Checkpoints:
         groups = max((len(x) for x in jax.tree.leaves(stats)), default=1)
         step = int(host.step)
         tree = {"state": host.replace(batch_stats={}), "batch_stats": stats}
-        saved = self._manager.save(
-            step,
-            args=ocp.args.Composite(
-                tree=ocp.args.StandardSave(tree),
-                layout=ocp.args.JsonSave({"statistics_groups": groups}),
-            ),
-        )
+        layout = {"statistics_groups": groups, "notes": dict(notes or {})}
+        try:
+            with _errors_raised_only():
+                saved = self._manager.save(
+                    step,
+                    args=ocp.args.Composite(
+                        tree=ocp.args.StandardSave(tree), layout=ocp.args.JsonSave(layout)
+                    ),
+                )
+        except ValueError as error:
+            # TensorStore's way of an OSError.
+            number = re.search(r"\[os_error_code='(\d+)'\]", str(error))
+            if number is None:
+                raise
+            raise OSError(int(number[1]), str(error)) from error
         if not saved:
             raise RuntimeError(f"Orbax declined to save step {step} in {self._folder}.")
         self._manager.wait_until_finished()
@@ -75,8 +110,11 @@ class Checkpoints:
                 folder = self._folder / str(step)
                 (folder / SEAL).write_text(json.dumps(_checksums(folder), indent=1))
         # Not by Orbax, which would drop the oldest before the newest is sealed.
-        for old in sorted(self._manager.all_steps())[: -self._keep] if self._keep else ():
-            self._manager.delete(old)
+        if self._keep and not temporary:
+            steps = self._manager.all_steps()
+            kept = sorted(s for s in steps if s % self._every == 0 or s == step)[-self._keep :]
+            for old in sorted(set(steps) - set(kept)):
+                self._manager.delete(old)
 
     def restore(
         self, state: TrainState, *, local_statistics: bool, devices: Devices = None
@@ -105,10 +143,36 @@ class Checkpoints:
         stats = jax.tree.map(lambda x: x[first : first + count], stats)
         return on_devices.replace(batch_stats=distribute(stats, devices))
 
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What was noted with the checkpoint that `restore` restores; `{}` without one."""
+        return self._layout(max(self._sound_steps)).get("notes", {}) if self._sound_steps else {}
+
     def discard_damaged(self) -> None:
         """Deletes checkpoints that are not sound, so that the run can write these steps again."""
+        with first_host_first():
+            if jax.process_index() == 0:
+                for folder in self._folder.glob(UNFINISHED):
+                    shutil.rmtree(folder)
         for step in set(self._manager.all_steps()) - set(self._sound_steps):
             self._manager.delete(step)
+
+    def go_back(self, not_to: int | None) -> int:
+        """Deletes the checkpoints that a run which diverged must not go on from.
+
+        Args:
+          not_to: one that it went back to before, in vain.
+
+        Returns:
+          The step of the newest that is left; 0 where none is.
+        """
+        left = 0
+        for step in sorted(self._manager.all_steps()):
+            if step % self._every or step == not_to:
+                self._manager.delete(step)
+            else:
+                left = step
+        return left
 
     @functools.cached_property
     def _sound_steps(self) -> list[int]:
@@ -123,9 +187,12 @@ class Checkpoints:
             sound = np.array([reason is None for reason in damage], bool)
         return [step for step, is_sound in zip(steps, agree(sound), strict=True) if is_sound]
 
+    def _layout(self, step: int) -> dict[str, Any]:
+        args = ocp.args.Composite(layout=ocp.args.JsonRestore())
+        return self._manager.restore(step, args=args)["layout"]
+
     def _read(self, step: int, state: TrainState):
-        layout = self._manager.restore(step, args=ocp.args.Composite(layout=ocp.args.JsonRestore()))
-        groups = layout["layout"]["statistics_groups"]
+        groups = self._layout(step)["statistics_groups"]
         target = jax.tree.map(_as_numpy_target, _without_key_type(state))
         stats = jax.tree.map(lambda x: np.zeros((groups, *x.shape), x.dtype), target.batch_stats)
         try:
@@ -149,6 +216,28 @@ class Checkpoints:
     def close(self) -> None:
         """Releases Orbax's threads."""
         self._manager.close()
+
+
+@contextlib.contextmanager
+def _errors_raised_only() -> Iterator[None]:
+    """Silences what Orbax shows of errors in its threads, for it raises them too."""
+
+    def has_no_traceback(record) -> bool:
+        return not record.exc_info
+
+    def show(unraisable) -> None:
+        # Of TensorStore's other writes, that ended after the one that was raised.
+        if str(unraisable.exc_value) != "Event loop is closed":
+            show_before(unraisable)
+
+    logger, show_before = logging.get_absl_logger(), sys.unraisablehook
+    logger.addFilter(has_no_traceback)
+    sys.unraisablehook = show
+    try:
+        yield
+        sys.unraisablehook = show_before  # After an error it stays: who knows when the others end.
+    finally:
+        logger.removeFilter(has_no_traceback)
 
 
 def _pooled(stats):

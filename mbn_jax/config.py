@@ -31,6 +31,18 @@ TRACED: dict[str, type[np.int32] | type[np.float32]] = {
 }
 """Fields that a compiled program takes as data, with their dtypes: one program for all values."""
 
+HOST = (
+    "log_every_steps",
+    "eval_every_steps",
+    "checkpoint_every_steps",
+    "keep_checkpoints",
+    "on_divergence",
+    "max_restores",
+)
+"""Fields that the host alone goes by: a compiled program knows nothing of them."""
+
+ON_DIVERGENCE = ("stop", "restore", "continue")
+
 
 def default_config() -> ConfigDict:
     """Returns every field with its default; a config file changes a few of them.
@@ -119,6 +131,8 @@ def default_config() -> ConfigDict:
     config.eval_every_steps = 0  # 0: once an epoch.
     config.checkpoint_every_steps = 0  # 0: once an epoch.
     config.keep_checkpoints = 3
+    config.on_divergence = "stop"  # 'restore': go back to the last checkpoint, at half the rate,
+    config.max_restores = 3  # so often at most; 'continue': report it and go on.
 
     config.shift = ConfigDict()  # Measure what an update does to the statistics:
     config.shift.every_steps = 0  # so often; 0: never.
@@ -151,6 +165,7 @@ def validate(config: ConfigDict) -> None:
     _choice(config, "optimizer.name", OPTIMIZERS)
     _choice(config, "schedule.name", SCHEDULES)
     _choice(config, "runtime", RUNTIMES)
+    _choice(config, "on_divergence", ON_DIVERGENCE)
     for field in (
         "batch_size",
         "norm.memory_size",
@@ -160,6 +175,7 @@ def validate(config: ConfigDict) -> None:
         "eval_batch_size",
         "log_every_steps",
         "keep_checkpoints",
+        "max_restores",
     ):
         _number(config, field, "1 or more", lambda value: value >= 1)
     for field in (
@@ -428,7 +444,7 @@ def program_key(config: ConfigDict) -> str:
     >>> program_key(config) == key
     True
     """
-    static = {k: v for k, v in fields(config).items() if k not in TRACED}
+    static = {k: v for k, v in fields(config).items() if k not in TRACED and k not in HOST}
     static["norm.memory_capacity"] = memory_capacity(config)
     static["norm.memory_schedule"] = config.norm.memory_schedule.start_size > 0
     return json.dumps(static, sort_keys=True)

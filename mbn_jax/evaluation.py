@@ -11,7 +11,7 @@ from mbn_jax.errors import UserError
 from mbn_jax.experiment import load_dataset_split
 from mbn_jax.parallel import Devices, first_device
 from mbn_jax.program import Programs
-from mbn_jax.workdir import CHECKPOINTS, load_config
+from mbn_jax.workdir import CHECKPOINTS, check_checkpoint, load_config
 
 
 def evaluate_run(
@@ -29,7 +29,7 @@ def evaluate_run(
       'step', 'split', 'loss' and 'error'.
 
     Raises:
-      UserError: where there is no run or no sound checkpoint.
+      UserError: where there is no run or no sound checkpoint, or its config is another.
     """
     config = load_config(workdir)
     program = Programs(_devices_that_fit(config)).get(config)
@@ -41,8 +41,10 @@ def evaluate_run(
             local_statistics=experiment.local_statistics,
             devices=program.devices,
         )
+        noted = checkpoints.notes.get("config")
     finally:
         checkpoints.close()
+    check_checkpoint(config, noted, workdir)
     if state is None:
         raise UserError(f"{workdir} has no sound checkpoint to evaluate.")
     if recalibrate_batches:

@@ -48,6 +48,7 @@ def join_hosts(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
+    heartbeat_timeout: int = 100,
 ) -> None:
     """Joins the other processes of a run, where flags or the environment say that there are any.
 
@@ -57,6 +58,8 @@ def join_hosts(
       coordinator_address: of the first, HOST:PORT.
       num_processes: how many there are.
       process_id: which one this is, from 0.
+      heartbeat_timeout: seconds after which a host that is silent, or waits for the others at its
+        end, ends them all.
 
     Raises:
       UserError: for half an answer, where the others are not found, or have more or fewer devices.
@@ -82,7 +85,11 @@ def join_hosts(
     # JAX then aborts, without an exception: let the last line say what it was about.
     print("waiting for the other hosts, for 5 minutes at most", file=sys.stderr, flush=True)
     try:
-        jax.distributed.initialize(*named)
+        jax.distributed.initialize(
+            *named,
+            heartbeat_timeout_seconds=heartbeat_timeout,
+            shutdown_timeout_seconds=heartbeat_timeout,
+        )
     except (ValueError, RuntimeError) as error:
         raise UserError(
             f"cannot join the other hosts: {' '.join(str(error).split())}; name them by "

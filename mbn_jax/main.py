@@ -2,8 +2,12 @@
 
 import argparse
 import json
+import os
 import pathlib
+import re
 import sys
+import threading
+import traceback
 from collections.abc import Callable, Sequence
 
 import jax
@@ -12,6 +16,7 @@ from absl import logging
 from mbn_jax.config_files import parse_config
 from mbn_jax.errors import UserError
 from mbn_jax.hosts import join_hosts
+from mbn_jax.preemption import StoppedError, stop_on_sigterm
 
 EXAMPLE_CONFIG = "configs/digits.py"
 EXAMPLE = f"mbn-train --config={EXAMPLE_CONFIG} --workdir=runs/digits"
@@ -19,6 +24,17 @@ SWEEP_EXAMPLE = "mbn-sweep experiments/memory_size.py --workdir=runs/memory_size
 FAILED = 1
 USER_MISTAKE = 2
 DIVERGED = 3
+STOPPED = 75
+"""EX_TEMPFAIL of sysexits.h: schedulers can be told to run such a command again."""
+
+HEARTBEAT_TIMEOUT = 100
+SECONDS_TO_LEAVE = 10.0
+"""After an error, for the other hosts to have it too."""
+
+LOST_HOST = re.compile(
+    r"gloo|nccl|UNAVAILABLE|DEADLINE_EXCEEDED|coordination service", re.IGNORECASE
+)
+"""In errors of JAX that are about another host, once there are any."""
 
 
 def train_command(argv: Sequence[str]) -> int:
@@ -36,7 +52,9 @@ def train_command(argv: Sequence[str]) -> int:
 
 Every field of mbn_jax/config.py can be set with --config.FIELD=VALUE. In the workdir: config.json,
 metrics.jsonl (one record a line), TensorBoard events, checkpoints/ and curves.png.
-Exit status: 0 done, {USER_MISTAKE} a mistake in the input, {DIVERGED} the loss was not finite.""",
+Exit status: 0 done, {USER_MISTAKE} a mistake in the input or a workdir that cannot be written,
+{DIVERGED} the loss was not finite, {STOPPED} stopped by SIGTERM and saved, or another host is gone:
+run it again, 130 interrupted.""",
     )
     parser.add_argument("--config", help="config file, a Python file with get_config()")
     parser.add_argument("--workdir", help="folder of the run; made if missing")
@@ -55,6 +73,13 @@ Exit status: 0 done, {USER_MISTAKE} a mistake in the input, {DIVERGED} the loss 
     hosts.add_argument("--coordinator_address", help="or name the first one, HOST:PORT,")
     hosts.add_argument("--num_processes", type=int, help="how many there are,")
     hosts.add_argument("--process_id", type=int, help="and which one this is, from 0")
+    hosts.add_argument(
+        "--heartbeat_timeout",
+        type=int,
+        default=HEARTBEAT_TIMEOUT,
+        metavar="SECONDS",
+        help="after which a silent host counts as gone, and the others end (default: %(default)s)",
+    )
     args, overrides = parser.parse_known_args(argv)
     if not args.config:
         raise UserError(f"--config is missing; one that works: {EXAMPLE}")
@@ -64,12 +89,20 @@ Exit status: 0 done, {USER_MISTAKE} a mistake in the input, {DIVERGED} the loss 
         )
     workdir = _folder(args.workdir)
     config = parse_config(args.config, overrides)
-    join_hosts(args.distributed, args.coordinator_address, args.num_processes, args.process_id)
+    join_hosts(
+        args.distributed,
+        args.coordinator_address,
+        args.num_processes,
+        args.process_id,
+        args.heartbeat_timeout,
+    )
 
-    from mbn_jax.train import DivergenceError, run_title, train  # Slow to import: TFDS, Orbax.
+    from mbn_jax.divergence import DivergenceError  # Slow to import: TFDS, Orbax.
+    from mbn_jax.train import run_title, train
 
     try:
-        values = train(config, workdir)
+        with stop_on_sigterm() as stop_asked:
+            values = train(config, workdir, stop_asked=stop_asked)
     except DivergenceError as error:
         print(f"mbn-train: {error}", file=sys.stderr)
         return DIVERGED
@@ -213,10 +246,41 @@ def _run(command: Callable[[Sequence[str]], int], name: str) -> None:
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
         status = USER_MISTAKE
+    except StoppedError as error:
+        if jax.process_index() == 0:
+            print(f"{name}: {error}; the same command goes on", file=sys.stderr)
+        status = STOPPED
     except KeyboardInterrupt:
         print(f"{name}: interrupted; the same command goes on", file=sys.stderr)
         status = 130
+    except Exception as error:
+        if not jax.distributed.is_initialized():
+            raise
+        # JAX raises RuntimeError or ValueError for a lost connection.
+        if isinstance(error, RuntimeError | ValueError) and LOST_HOST.search(str(error)):
+            print(
+                f"{name}: another host is gone ({str(error).splitlines()[0]}); start all of them "
+                "again, and the run goes on from its last checkpoint",
+                file=sys.stderr,
+                flush=True,
+            )
+            os._exit(STOPPED)  # The ordinary way out waits for the other host.
+        traceback.print_exc()
+        status = FAILED
+    if status not in (0, STOPPED) and jax.distributed.is_initialized():
+        _leave_hosts(status)
     sys.exit(status)
+
+
+def _leave_hosts(status: int) -> None:
+    """Ends the process, whether or not the other hosts come to the same end in time."""
+    leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    leaving.start()
+    leaving.join(SECONDS_TO_LEAVE)
+    if leaving.is_alive():
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status)  # The others wait for this one, and notice.
 
 
 def sweep_main() -> None:

@@ -17,13 +17,15 @@ from ml_collections import ConfigDict
 from mbn_jax import config as config_lib
 from mbn_jax.batch_stats import pool_batch_stats
 from mbn_jax.datasets.images import Split
-from mbn_jax.datasets.pipeline import evaluation_batches
+from mbn_jax.datasets.pipeline import evaluation_batches, training_blocks
+from mbn_jax.divergence import LayerCheck
 from mbn_jax.double_forward import TrainState
 from mbn_jax.experiment import Batch, Experiment
 from mbn_jax.norm_inputs import recalibrated
 from mbn_jax.parallel import (
     Devices,
     distribute,
+    first_device,
     gather_over_hosts,
     local_devices,
     map_over_devices,
@@ -36,6 +38,8 @@ from mbn_jax.statistics import Moments
 PyTree = Any
 
 MAX_SHARE_OF_MEMORY_MAPS = 0.5
+STEPS_PER_BLOCK = 1024
+"""Of indices that go to the devices at once; some kilobytes, and no copy in most steps."""
 
 
 class Program:
@@ -90,6 +94,11 @@ class Program:
         """What measures the shift of the statistics."""
         return ShiftMeter(self)
 
+    @functools.cached_property
+    def layer_check(self) -> LayerCheck:
+        """What finds the layers with statistics that are not finite."""
+        return LayerCheck(self)
+
     def initial_state(self, config: ConfigDict) -> TrainState:
         """Returns the state of one device before the first step."""
         return self._init(config_lib.traced_values(config))
@@ -104,6 +113,63 @@ class Program:
 
             self._dispatches[num_steps] = self.map_over_devices(dispatch, donate_argnums=(0,))
         return self._dispatches[num_steps]
+
+    def blocks(self, config: ConfigDict, first_step: int) -> Iterator[tuple[Batch, int]]:
+        """Yields batches of several steps on the devices, and the step where they end."""
+        experiment, stride = self.experiment, config.steps_per_dispatch
+        in_memory = experiment.train.images is not None
+        steps_per_block = max(1, STEPS_PER_BLOCK // stride) * stride if in_memory else stride
+        blocks = training_blocks(
+            experiment.train,
+            experiment.order(config),
+            first_step=first_step,
+            num_steps=experiment.total_steps,
+            steps_per_block=steps_per_block,
+            num_workers=config.dataset.num_workers,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        step = first_step
+        for block in blocks:
+            on_devices = distribute(
+                split_over_devices(block, axis=1, devices=self.devices), self.devices
+            )
+            first = replicate({"first_step": np.int32(step)}, self.devices)
+            step += steps_per_block
+            yield {**on_devices, **first}, step
+
+    def dispatches(
+        self, config: ConfigDict, state: TrainState, last_step: int
+    ) -> Iterator[tuple[int, TrainState, Batch, Batch | None]]:
+        """Trains, dispatch by dispatch; nothing in it waits for the devices.
+
+        Args:
+          config: of the run.
+          state: arrays `[devices, ...]`, to start from; it is donated, and so is each yielded one.
+          last_step: to stop after.
+
+        Yields:
+          The step reached; the state; the metrics of the dispatch, `[devices, steps]`; the block
+          with the next batch, or None after the last step of a run.
+        """
+        step, total_steps = int(first_device(state.step)), self.experiment.total_steps
+        if step == last_step:
+            return
+        blocks = self.blocks(config, step)
+        block, block_end = next(blocks)
+        values = replicate(config_lib.traced_values(config), self.devices)
+        data = self.data(self.experiment.train)
+        while step < last_step:
+            size = min(config.steps_per_dispatch, last_step - step)
+            dispatch = self.dispatch(size)
+            # Nothing in the loop may copy to the device unseen. (Over several hosts pmap itself
+            # copies the random keys.)
+            with jax.transfer_guard("disallow" if jax.process_count() == 1 else "allow"):
+                state, metrics = dispatch(state, values, data, block)
+            step += size
+            if step == block_end and step < total_steps:
+                block, block_end = next(blocks)
+            yield step, state, metrics, block if step < total_steps else None
 
     def evaluate(
         self, config: ConfigDict, state: TrainState, split: Split | None = None

@@ -1,14 +1,19 @@
 """What a run leaves for people: a progress line, `metrics.jsonl`, TensorBoard events, curves."""
 
+import contextlib
+import hashlib
 import json
+import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
-from tensorboardX import SummaryWriter
+from absl import logging
 
-from mbn_jax.workdir import replace
+from mbn_jax.errors import UserError
+from mbn_jax.events import Events
+from mbn_jax.workdir import replace, writing
 
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
@@ -18,14 +23,58 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
     """Reads the records of a run, oldest first; `[]` where there are none.
 
     A last line that a kill cut short is no record.
+
+    Raises:
+      UserError: for any other line that is none, naming it.
     """
+    path = workdir / METRICS
     try:
-        lines = (workdir / METRICS).read_text().splitlines(keepends=True)
+        lines = path.read_bytes().splitlines(keepends=True)
     except FileNotFoundError:
         return []
-    if lines and not lines[-1].endswith("\n"):
+    if lines and not lines[-1].endswith(b"\n"):
         lines.pop()
-    return [json.loads(line) for line in lines]
+    records = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            record = json.loads(line)
+            record["step"] + 0
+        except (ValueError, TypeError, KeyError) as error:
+            raise UserError(
+                f"Line {number} of {path} is damaged; put the file back from a copy, or delete it: "
+                "the run goes on without its earlier records."
+            ) from error
+        records.append(record)
+    return records
+
+
+def check_records(workdir: pathlib.Path, step: int, digest: str | None) -> None:
+    """Checks the records up to a checkpoint; says so where the file is gone.
+
+    Args:
+      workdir: of the run.
+      step: of the checkpoint.
+      digest: of these records, noted with it; None: none was.
+
+    Raises:
+      UserError: where they are not those that were written.
+    """
+    path = workdir / METRICS
+    if digest is None:
+        return
+    if not path.exists():
+        logging.warning("%s is gone: the records up to step %d are lost.", path, step)
+        return
+    found = hashlib.sha256(_lines(r for r in read_metrics(workdir) if r["step"] <= step))
+    if found.hexdigest() != digest:
+        raise UserError(
+            f"{path} is damaged: up to step {step} it is not what the run wrote; put it back from "
+            "a copy, or delete it: the run goes on without its earlier records."
+        )
+
+
+def _lines(records: Iterable[Mapping[str, float]]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()
 
 
 class Reporter:
@@ -47,6 +96,7 @@ class Reporter:
         """
         self._silent = silent
         self._on_record = on_record
+        self._workdir = workdir
         if silent:
             return
         self._total_steps = total_steps
@@ -55,22 +105,39 @@ class Reporter:
         self._is_terminal = sys.stderr.isatty()
         self._line_is_open = False
         kept = [r for r in read_metrics(workdir) if r["step"] <= first_step]
-        lines = "".join(json.dumps(record) + "\n" for record in kept)
-        replace(workdir / METRICS, lines.encode())
-        self._metrics = (workdir / METRICS).open("a")
-        self._events = SummaryWriter(str(workdir), purge_step=first_step + 1)
+        lines = _lines(kept)
+        replace(workdir / METRICS, lines)
+        self._digest = hashlib.sha256(lines)
+        with writing(workdir), contextlib.ExitStack() as files:
+            self._metrics = files.enter_context((workdir / METRICS).open("ab"))
+            self._events = Events(workdir, first_step=first_step)
+            files.callback(self._events.close)
+            self._files = files.pop_all()
 
     def write(self, step: int, values: Mapping[str, float], *, only_events: bool = False) -> None:
         """Writes one record: a line of `metrics.jsonl`, and a scalar a value for TensorBoard."""
         if self._silent:
             return
         if not only_events:
-            self._metrics.write(json.dumps({"step": step, **values}) + "\n")
-            self._metrics.flush()
+            line = _lines([{"step": step, **values}])
+            with writing(self._workdir):
+                self._metrics.write(line)
+                self._metrics.flush()
+            self._digest.update(line)
             if self._on_record:
                 self._on_record(step, dict(values))
-        for name, value in values.items():
-            self._events.add_scalar(name, value, step)
+        with writing(self._workdir):
+            for name, value in values.items():
+                self._events.scalar(name, value, step)
+            self._events.flush()
+
+    def sync(self) -> str | None:
+        """Brings the records to disk; returns their digest, None for a silent one."""
+        if self._silent:
+            return None
+        with writing(self._workdir):
+            os.fsync(self._metrics.fileno())
+        return self._digest.hexdigest()
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
         """Shows step, loss, error, images/s and the time left."""
@@ -102,8 +169,8 @@ class Reporter:
             return
         if self._is_terminal and self._line_is_open:
             print(file=sys.stderr)
-        self._metrics.close()
-        self._events.close()
+        with writing(self._workdir):
+            self._files.close()
 
 
 def draw_curves(workdir: pathlib.Path, title: str) -> None:

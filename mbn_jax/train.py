@@ -8,51 +8,39 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from ml_collections import ConfigDict
 
 from mbn_jax.batch_stats import pool_batch_stats
 from mbn_jax.checkpoints import Checkpoints
-from mbn_jax.config import steps_per_epoch, traced_values
-from mbn_jax.datasets.pipeline import training_blocks
+from mbn_jax.config import fields, steps_per_epoch, traced_values
 from mbn_jax.diagnostics import memory_distance
+from mbn_jax.divergence import DivergenceError, FiniteCheck, where_it_began
 from mbn_jax.double_forward import TrainState
 from mbn_jax.errors import UserError
-from mbn_jax.experiment import Batch
 from mbn_jax.norms import memory_rule
-from mbn_jax.parallel import (
-    check_alike,
-    distribute,
-    first_device,
-    first_host_first,
-    replicate,
-    split_over_devices,
-)
+from mbn_jax.parallel import check_alike, first_device, first_host_first, replicate
+from mbn_jax.preemption import StopAsked, StoppedError
 from mbn_jax.program import Program, Programs
 from mbn_jax.reporting import Reporter, draw_curves, read_metrics
-from mbn_jax.workdir import CHECKPOINTS, CONFIG, open_workdir, save_config
+from mbn_jax.resuming import (
+    Start,
+    find_start,
+    go_back,
+    slowed,
+    steps_per_checkpoint,
+    whole_epoch,
+)
+from mbn_jax.workdir import (
+    CHECKPOINTS,
+    CONFIG,
+    open_workdir,
+    save_config,
+    writing,
+)
 
 LAST_VALUES = ("step", "train_", "test_", "recalibrated_test_")
 DISPATCHES_IN_FLIGHT = 8
-STEPS_PER_BLOCK = 1024
-"""Of indices that go to the devices at once; some kilobytes, and no copy in most steps."""
-
-
-class DivergenceError(Exception):
-    """Training diverged.
-
-    Attributes:
-      step: the first step known to be affected.
-    """
-
-    def __init__(self, message: str, step: int):
-        """Keeps both, so that the error survives a process boundary."""
-        super().__init__(message, step)
-        self.step = step
-
-    def __str__(self) -> str:
-        """Returns the message."""
-        return self.args[0]
+REMEDY = "Lower optimizer.learning_rate, or set gradient_clip_norm."
 
 
 def train(
@@ -61,6 +49,7 @@ def train(
     *,
     programs: Programs | None = None,
     on_record: Callable[[int, dict[str, float]], None] | None = None,
+    stop_asked: StopAsked | None = None,
 ) -> dict[str, float]:
     """Trains as `config` says, or goes on where an earlier call in `workdir` stopped.
 
@@ -71,14 +60,17 @@ def train(
         default: all devices, nothing compiled.
       on_record: called with the step and the values of each record, in place of the progress that
         is shown otherwise; what it raises ends the run. Such a run draws no curves.
+      stop_asked: asked after every dispatch whether to save and stop there; alike on all hosts.
 
     Returns:
       The last values of 'train_loss', 'train_error', 'test_loss' and 'test_error', and 'step'; with
       `recalibrate_batches`, those of 'recalibrated_test_loss' and 'recalibrated_test_error' too.
 
     Raises:
-      UserError: for a configuration or data that cannot work, or a workdir of another config.
+      UserError: for a configuration or data that cannot work, a workdir of another config, or one
+        that is damaged or cannot be written.
       DivergenceError: if training diverges.
+      StoppedError: when `stop_asked` says so.
     """
     workdir = pathlib.Path(workdir)
     programs = programs or Programs()
@@ -96,85 +88,128 @@ def train(
 
     experiment = program.experiment
     check_alike(training_examples=len(experiment.train), test_examples=len(experiment.test))
-    checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=config.keep_checkpoints)
-    local = experiment.local_statistics
-    fresh = program.initial_state(config)
-    restored = checkpoints.restore(fresh, local_statistics=local, devices=program.devices)
-    checkpoints.discard_damaged()
-    state = replicate(fresh, program.devices) if restored is None else restored
-    first_step = int(first_device(state.step))
-    reporter = Reporter(
-        workdir,
-        first_step=first_step,
-        total_steps=experiment.total_steps,
-        on_record=on_record,
-        silent=not is_first,
-    )
-    if first_step:
-        reporter.say(f"resumed from the checkpoint of step {first_step}")
-    try:
-        for saved in _run(program, config, state, reporter):
-            checkpoints.save(saved, local_statistics=local)
-    finally:
-        reporter.close()
-        checkpoints.close()
-    with first_host_first():
+    restores, went_back_to = 0, None
+    while True:
+        start = find_start(program, config, workdir)
+        if restores:
+            start.restores, start.went_back_to = restores, went_back_to
+        reporter = Reporter(
+            workdir,
+            first_step=start.step,
+            total_steps=program.experiment.total_steps,
+            on_record=on_record,
+            silent=not is_first,
+        )
+        if start.step:
+            reporter.say(f"resumed from the checkpoint of step {start.step}")
+        try:
+            _train_from(start, program, config, workdir, reporter, stop_asked)
+            break
+        except DivergenceError as error:
+            state = find_start(program, config, workdir).state
+            began = where_it_began(program, slowed(config, start.restores), state, error)
+            told = f"{error}; {began}"
+            restores = start.restores
+            if config.on_divergence != "restore" or restores == config.max_restores:
+                gave_up = f" after {restores} restores" if restores else ""
+                raise DivergenceError(
+                    f"{told}; training stopped{gave_up}. {REMEDY}", error.step, error.after_update
+                ) from error
+            restores += 1
+            went_back_to = go_back(program, config, workdir, start.went_back_to)
+            reporter.say(
+                f"{told}; going back to step {went_back_to} with half the learning rate, "
+                f"{restores} of {config.max_restores} times."
+            )
+    with first_host_first(), writing(workdir):
         if is_first and on_record is None:
             draw_curves(workdir, run_title(config))
     return last_values(workdir)
 
 
+def _train_from(
+    start: Start,
+    program: Program,
+    config: ConfigDict,
+    workdir: pathlib.Path,
+    reporter: Reporter,
+    stop_asked: StopAsked | None,
+) -> None:
+    """Trains to the end, saving checkpoints; closes the reporter."""
+    with writing(workdir):
+        every = steps_per_checkpoint(program, config)
+        checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=config.keep_checkpoints, every=every)
+    local = program.experiment.local_statistics
+    try:
+        for state, pending, temporary in _run(start, program, config, reporter, stop_asked):
+            notes = {
+                "config": fields(config),
+                "restores": start.restores,
+                "went_back_to": start.went_back_to,
+                "pending": pending,
+                "records": reporter.sync(),
+            }
+            with writing(workdir):
+                checkpoints.save(state, local_statistics=local, notes=notes, temporary=temporary)
+    finally:
+        try:
+            reporter.close()
+        finally:
+            checkpoints.close()
+
+
 def _run(
-    program: Program, config: ConfigDict, state: TrainState, reporter: Reporter
-) -> Iterator[TrainState]:
-    """Trains to the end; yields the state wherever it is to be saved."""
+    start: Start,
+    program: Program,
+    config: ConfigDict,
+    reporter: Reporter,
+    stop_asked: StopAsked | None,
+) -> Iterator[tuple[TrainState, dict[str, list[float]], bool]]:
+    """Trains to the end.
+
+    Yields:
+      The state, wherever it is to be saved; the metrics that are on no record yet; whether it is
+      saved only because the run stops.
+    """
     experiment = program.experiment
+    config = slowed(config, start.restores)
     schedule = experiment.schedule(config)
-    stride = config.steps_per_dispatch
+    check = FiniteCheck(schedule, goes_on=config.on_divergence == "continue", say=reporter.say)
     total_steps = experiment.total_steps
-    # To a whole number of dispatches.
-    epoch = -(-steps_per_epoch(config, len(experiment.train)) // stride) * stride
-    eval_every = config.eval_every_steps or epoch
-    checkpoint_every = config.checkpoint_every_steps or epoch
+    eval_every = config.eval_every_steps or whole_epoch(program, config)
+    checkpoint_every = steps_per_checkpoint(program, config)
     shift_every = config.shift.every_steps
-    step = int(first_device(state.step))
-    if step == total_steps:
-        return
-    blocks = _blocks(program, config, step)
-    block, block_end = next(blocks)
-    values_on_devices = replicate(traced_values(config), program.devices)
-    data = program.data(experiment.train)
-    pending: list[Any] = []
-    clock = time.monotonic()
-    while step < total_steps:
-        size = min(stride, total_steps - step)
-        dispatch = program.dispatch(size)
-        # Nothing in the loop may wait for the device or copy to it unseen. (Over several hosts
-        # pmap itself copies the random keys.)
-        with jax.transfer_guard("disallow" if jax.process_count() == 1 else "allow"):
-            state, metrics = dispatch(state, values_on_devices, data, block)
+    pending: list[Any] = [start.pending] if start.pending else []
+    clock, clock_step, before = time.monotonic(), start.step, start.step
+    # Nothing in the loop may wait for the device, but for a record.
+    for step, state, metrics, block in program.dispatches(config, start.state, total_steps):
         pending.append(metrics)
-        step += size
-        last = step == total_steps
-        if step == block_end and not last:
-            block, block_end = next(blocks)
         if len(pending) > DISPATCHES_IN_FLIGHT:
             # Not the newest: the device stays busy, and batches do not pile up on it.
             jax.block_until_ready(pending[-DISPATCHES_IN_FLIGHT])
-
+        last = step == total_steps
+        stops = stop_asked is not None and stop_asked(before + 1, step) and not last
+        before = step
         evaluates = last or step % eval_every == 0
         saves = last or step % checkpoint_every == 0
         measures = shift_every and (last or step % shift_every == 0)
-        if not (evaluates or saves or measures or step % config.log_every_steps == 0):
+        records = evaluates or saves or measures or step % config.log_every_steps == 0
+        if not (records or stops):
             continue
-        values = _summarize(pending, step, schedule)
-        images = sum(m["loss"].shape[1] for m in pending) * config.batch_size
-        values["images_per_second"] = images / (time.monotonic() - clock)
-        pending = []
-        reporter.progress(step, values)
+        found = _on_host(pending)
+        check.losses(found["loss"], step)
+        if records:
+            values = {f"train_{name}": float(np.mean(x)) for name, x in found.items()}
+            values["learning_rate"] = float(schedule(step - 1))
+            images = (step - clock_step) * config.batch_size
+            values["images_per_second"] = images / (time.monotonic() - clock)
+            if start.restores:
+                values["restores"] = start.restores
+            pending, found = [], {}
+            reporter.progress(step, values)
         if evaluates:
             values |= {f"test_{k}": v for k, v in program.evaluate(config, state).items()}
-            _check_finite(values["test_loss"], "test loss after", step, schedule)
+            check(values["test_loss"], "test loss after", step)
             reporter.say(
                 f"step {step}/{total_steps}  test loss {values['test_loss']:.4f}  "
                 f"test error {values['test_error']:.2%}"
@@ -186,15 +221,21 @@ def _run(
             if config.norm.name == "memorized":
                 reporter.write(step, _distances(program, config, state), only_events=True)
         if measures:
-            values |= program.shift.measure(config, state, None if last else block)
-        reporter.write(step, values)
-        if saves:
-            # The loss told of the parameters before the last update only.
-            params = jax.tree.leaves(first_device(state.params))
-            total = sum(float(jnp.sum(x)) for x in params)
-            _check_finite(total, "sum of the parameters after", step, schedule)
-            yield state
-        clock = time.monotonic()
+            values |= program.shift.measure(config, state, block)
+        if records:
+            reporter.write(step, values)
+        if saves or stops:
+            check.params(state, step)
+            yield state, {name: x.tolist() for name, x in found.items()}, not saves
+        if stops:
+            raise StoppedError(f"stopped after step {step}, which is saved")
+        clock, clock_step = time.monotonic(), step
+
+
+def _on_host(pending: list[Any]) -> dict[str, np.ndarray]:
+    """Returns the metrics of the steps since the last record, `[steps]`."""
+    host = [first_device(metrics) for metrics in jax.device_get(pending)]
+    return {name: np.concatenate([metrics[name] for metrics in host]) for name in host[0]}
 
 
 def estimate_seconds(program: Program, config: ConfigDict, seconds: float) -> float:
@@ -215,7 +256,7 @@ def estimate_seconds(program: Program, config: ConfigDict, seconds: float) -> fl
     data = program.data(experiment.train)
     stride = min(config.steps_per_dispatch, total_steps)
     dispatch = program.dispatch(stride)
-    block, _ = next(_blocks(program, config, 0))
+    block, _ = next(program.blocks(config, 0))
     state, _ = dispatch(state, values, data, block)
     jax.block_until_ready(state)
     steps, begin = 0, time.monotonic()
@@ -240,55 +281,6 @@ def estimate_seconds(program: Program, config: ConfigDict, seconds: float) -> fl
         measurement = time_of_second(lambda: program.shift.measure(config, state, None))
         total += measurement * (total_steps // config.shift.every_steps)
     return total
-
-
-def _blocks(program: Program, config: ConfigDict, first_step: int) -> Iterator[tuple[Batch, int]]:
-    """Yields batches of several steps on the devices, and the step where they end."""
-    experiment, stride = program.experiment, config.steps_per_dispatch
-    in_memory = experiment.train.images is not None
-    steps_per_block = max(1, STEPS_PER_BLOCK // stride) * stride if in_memory else stride
-    blocks = training_blocks(
-        experiment.train,
-        experiment.order(config),
-        first_step=first_step,
-        num_steps=experiment.total_steps,
-        steps_per_block=steps_per_block,
-        num_workers=config.dataset.num_workers,
-        process_index=jax.process_index(),
-        process_count=jax.process_count(),
-    )
-    step = first_step
-    for block in blocks:
-        on_devices = distribute(
-            split_over_devices(block, axis=1, devices=program.devices), program.devices
-        )
-        first = replicate({"first_step": np.int32(step)}, program.devices)
-        step += steps_per_block
-        yield {**on_devices, **first}, step
-
-
-def _summarize(pending: list[Any], step: int, schedule: optax.Schedule) -> dict[str, float]:
-    """Averages the metrics of the steps since the last record, and checks that they are finite."""
-    host = [first_device(metrics) for metrics in jax.device_get(pending)]
-    losses = np.concatenate([metrics["loss"] for metrics in host])
-    for at, loss in enumerate(losses, start=step - len(losses) + 1):
-        _check_finite(loss, "loss of", at, schedule)
-    values = {
-        f"train_{name}": float(np.mean(np.concatenate([metrics[name] for metrics in host])))
-        for name in host[0]
-    }
-    return values | {"learning_rate": float(schedule(step - 1))}
-
-
-def _check_finite(value: float, what: str, step: int, schedule: optax.Schedule) -> None:
-    """Raises DivergenceError, naming the step and its learning rate."""
-    if not np.isfinite(value):
-        rate = float(schedule(step - 1))
-        raise DivergenceError(
-            f"The {what} step {step} is {value}, at learning rate {rate:.4g}; training stopped. "
-            "Lower optimizer.learning_rate, or set gradient_clip_norm.",
-            step,
-        )
 
 
 def _distances(program: Program, config: ConfigDict, state: TrainState) -> dict[str, float]:

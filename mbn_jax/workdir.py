@@ -1,8 +1,12 @@
 """The folder of a run, and the configuration that it belongs to."""
 
+import contextlib
+import errno
 import json
 import os
 import pathlib
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -11,6 +15,15 @@ from mbn_jax.errors import UserError
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
+UNWRITABLE = (
+    errno.ENOSPC,
+    errno.EDQUOT,
+    errno.EFBIG,
+    errno.EROFS,
+    errno.EACCES,
+    errno.EPERM,
+    errno.EIO,
+)
 
 
 def open_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -26,12 +39,45 @@ def open_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
         )
 
 
+def check_checkpoint(
+    config: ConfigDict, noted: Mapping[str, Any] | None, workdir: pathlib.Path
+) -> None:
+    """Checks a config against that which a checkpoint was made with; raises UserError.
+
+    Args:
+      config: of the run, by its config.json or a config file.
+      noted: `fields` of the config, saved with the checkpoint; None: none were.
+      workdir: of the run.
+    """
+    differing = changes(noted, fields(config)) if noted is not None else ""
+    if differing:
+        raise UserError(
+            f"The checkpoint in {workdir} is of another config ({differing}); give the one that it "
+            f"was made with, or put {CONFIG} back as it was."
+        )
+
+
 def make_folder(workdir: pathlib.Path) -> None:
     """Makes a workdir where it is missing; raises UserError where that cannot be."""
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
+        with writing(workdir):
+            workdir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise UserError(f"Cannot write to --workdir={workdir}: {error.strerror}.") from error
+
+
+@contextlib.contextmanager
+def writing(workdir: pathlib.Path) -> Iterator[None]:
+    """Turns the errors of a workdir that cannot be written, or is full, into UserError."""
+    try:
+        yield
     except OSError as error:
-        raise _cannot_write(workdir, error) from error
+        if error.errno not in UNWRITABLE:
+            raise
+        raise UserError(
+            f"Cannot write to --workdir={workdir}: {os.strerror(error.errno)}; with that mended, "
+            "the same command goes on from the last checkpoint."
+        ) from error
 
 
 def save_config(config: ConfigDict, workdir: pathlib.Path) -> None:
@@ -42,11 +88,13 @@ def save_config(config: ConfigDict, workdir: pathlib.Path) -> None:
 def replace(path: pathlib.Path, content: bytes) -> None:
     """Writes a file whole or not at all, whoever else writes it; raises UserError."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
-    try:
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
-    except OSError as error:
-        raise _cannot_write(path.parent, error) from error
+    with writing(path.parent):
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise
 
 
 def load_config(workdir: pathlib.Path) -> ConfigDict:
@@ -64,7 +112,3 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
         raise UserError(f"{workdir} is not the folder of a run: it has no {CONFIG}.") from error
     except ValueError as error:
         raise UserError(f"{workdir / CONFIG} is damaged: {error}.") from error
-
-
-def _cannot_write(workdir: pathlib.Path, error: OSError) -> UserError:
-    return UserError(f"Cannot write to --workdir={workdir}: {error.strerror}.")

@@ -9,7 +9,7 @@ from mbn_jax.config import default_config, traced_values
 from mbn_jax.parallel import replicate
 from mbn_jax.program import Programs
 from mbn_jax.reporting import read_metrics
-from mbn_jax.train import _blocks, train
+from mbn_jax.train import train
 
 
 @pytest.fixture
@@ -34,7 +34,7 @@ def moments(x):
 def after_steps(config, devices, steps):
     """Returns the program, the state after some steps, and the block with the next."""
     program = Programs(devices).get(config)
-    block, _ = next(_blocks(program, config, 0))
+    block, _ = next(program.blocks(config, 0))
     state = replicate(program.initial_state(config), devices)
     values = replicate(traced_values(config), devices)
     data = program.data(program.experiment.train)

@@ -447,20 +447,28 @@ def test_a_member_enqueued_twice_runs_once(tmp_path):
     assert not store.is_duplicate(study, second.number, member.name)
 
 
-def test_an_interrupted_sweep_gives_its_members_back(write_sweep, tmp_path):
+@pytest.mark.parametrize(
+    ("number", "status", "told"),
+    [
+        (signal.SIGINT, 130, "interrupted; the same command goes on"),
+        (signal.SIGTERM, 75, "stopped; the members in work are saved; the same command goes on"),
+    ],
+    ids=["SIGINT", "SIGTERM"],
+)
+def test_an_interrupted_sweep_gives_its_members_back(write_sweep, tmp_path, number, status, told):
     path = write_sweep({"norm.memory_size": (1, 2)}, num_epochs=4000.0)
     process = start(path, f"--workdir={tmp_path / 'sweep'}")
     folder = tmp_path / "sweep" / "members" / "memory_size=1,seed=0"
     while not (folder / "metrics.jsonl").exists() or not read_metrics(folder):
         assert process.poll() is None, process.communicate()
         time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(number)
     try:
         output, _ = process.communicate(timeout=120)
     finally:
         process.kill()
-    assert process.returncode == 130
-    assert "interrupted; the same command goes on" in output
+    assert process.returncode == status
+    assert told in output
     assert "Traceback" not in output
     states = {store.outcome(t) for t in store.open_study(tmp_path / "sweep").get_trials()}
     assert states == {"fail", "waiting"}

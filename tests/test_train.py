@@ -19,6 +19,7 @@ from mbn_jax.batch_stats import pool_batch_stats
 from mbn_jax.checkpoints import Checkpoints
 from mbn_jax.config import default_config, traced_values
 from mbn_jax.config_files import with_fields
+from mbn_jax.divergence import DivergenceError
 from mbn_jax.errors import UserError
 from mbn_jax.evaluation import evaluate_run
 from mbn_jax.experiment import Experiment
@@ -26,7 +27,7 @@ from mbn_jax.norms import build_norm
 from mbn_jax.parallel import replicate
 from mbn_jax.program import Programs
 from mbn_jax.reporting import read_metrics
-from mbn_jax.train import DivergenceError, run_title
+from mbn_jax.train import run_title
 from mbn_jax.train import train as train_anew
 from mbn_jax.workdir import CHECKPOINTS
 

@@ -8,6 +8,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import optuna
@@ -19,25 +20,23 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from mbn_jax import config as config_lib
 from mbn_jax.config_files import with_fields
+from mbn_jax.divergence import DivergenceError
 from mbn_jax.errors import UserError
+from mbn_jax.preemption import StoppedError
 from mbn_jax.program import Programs
 from mbn_jax.reporting import read_metrics
 from mbn_jax.sweeps import storage as store
 from mbn_jax.sweeps.declaration import Member, Sweep
-from mbn_jax.train import DivergenceError, estimate_seconds, train
+from mbn_jax.train import estimate_seconds, train
 
 MEMBERS = "members"
 POLL_SECONDS = 1.0
 ENDS = (store.FINISHED, store.DIVERGED, store.FAILED)
 
 
-class _StoppedError(Exception):
-    """The user stopped the sweep; the member is given back."""
-
-
 # The member is not at fault: it is left to whoever comes next.
 _GIVES_BACK = (
-    _StoppedError,
+    StoppedError,
     optuna.exceptions.UpdateFinishedTrialError,
     optuna.exceptions.StorageInternalError,
     sqlalchemy.exc.SQLAlchemyError,
@@ -128,7 +127,8 @@ class Runner:
           How many ended how.
 
         Raises:
-          KeyboardInterrupt: when interrupted, after the members in work were given back.
+          KeyboardInterrupt: when interrupted, after the members in work were saved and given back.
+          StoppedError: likewise, by SIGTERM.
         """
         self._study = study
         threads = [
@@ -138,21 +138,26 @@ class Runner:
         for thread in threads:
             thread.start()
         # Not by an exception, which may rise anywhere, where a library drops it too.
-        interrupted = threading.Event()
+        signals: list[int] = []
+        before: dict[int, Any] = {}
 
-        def stop(*_) -> None:
-            interrupted.set()
+        def stop(number: int, _) -> None:
+            signals.append(number)
             self._stop.set()
-            signal.signal(signal.SIGINT, before or signal.SIG_DFL)  # The second one is not patient.
+            signal.signal(number, before[number] or signal.SIG_DFL)  # The second is not patient.
 
-        before = signal.signal(signal.SIGINT, stop)
+        for caught in (signal.SIGINT, signal.SIGTERM):
+            before[caught] = signal.signal(caught, stop)
         try:
             self._show_until_done(threads)
         finally:
-            signal.signal(signal.SIGINT, before or signal.SIG_DFL)
+            for number, handler in before.items():
+                signal.signal(number, handler or signal.SIG_DFL)
         if self._errors:
             raise self._errors[0]
-        if interrupted.is_set():
+        if signal.SIGTERM in signals:
+            raise StoppedError("stopped; the members in work are saved")
+        if signals:
             raise KeyboardInterrupt
         return self._outcomes()
 
@@ -210,7 +215,7 @@ class Runner:
         folder = self._workdir / MEMBERS / trial.user_attrs[store.FOLDER]
         with store.only_one(folder, give_up=self._stop.is_set) as alone:
             if not alone:
-                raise _StoppedError
+                raise StoppedError
             try:
                 values = self._train(trial, device, folder)
             except DivergenceError as error:
@@ -238,12 +243,15 @@ class Runner:
         def on_record(step: int, values: dict[str, float]) -> None:
             if "test_error" in values:
                 trial.report(values["test_error"], step)
-            if self._stop.is_set():
-                raise _StoppedError
+
+        def stop_asked(first_step: int, last_step: int) -> bool:
+            return self._stop.is_set()
 
         begin, compiled = time.monotonic(), programs.step_compilations
         try:
-            return train(config, folder, programs=programs, on_record=on_record)
+            return train(
+                config, folder, programs=programs, on_record=on_record, stop_asked=stop_asked
+            )
         finally:
             cost = {
                 "seconds": time.monotonic() - begin,
@@ -296,7 +304,7 @@ class Runner:
                 shown = ("running", store.DIVERGED, store.FAILED)
                 states = ", ".join(f"{counts[s]} {s}" for s in shown if counts[s])
                 if self._stop.is_set():
-                    states += " (stopping at the next record of each)"
+                    states += " (stopping at the next step of each)"
                 total = max(len(trials), len(self._members))  # Another runner may know of more.
                 progress.update(task, completed=len(told), total=total, states=states)
                 if not alive:
