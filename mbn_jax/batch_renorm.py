@@ -85,7 +85,7 @@ class BatchRenorm(BatchStatisticsNorm):
         steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
         if use_running_average:
             return self._normalize(x, mean.value, var.value, axes, feature_axes)
-        center = self._center(x, axes, mask, mean.value, steps.value > 0)
+        center = lax.stop_gradient(mean.value) if self.use_fast_variance else None
         batch = self._batch_moments(x, axes, mask, center)
         used_mean, used_var = statistics_with_gradient(
             batch,

@@ -73,6 +73,7 @@ def default_config() -> ConfigDict:
     config.model.name = "convnet"
     config.model.features = (16, 32, 32, 64)  # Of 'convnet'.
     config.model.zero_init_last_scale = False  # Of residual networks: blocks start as identity.
+    config.model.remat = False  # Keep less for the backward pass, and compute it once more there.
     config.model.dtype = "float32"  # Of the computation; parameters and statistics are float32.
 
     config.norm = ConfigDict()
@@ -124,7 +125,7 @@ def default_config() -> ConfigDict:
     config.schedule.step_factor = 0.1  # and to which part of it.
 
     config.runtime = "pmap"
-    config.steps_per_dispatch = 1  # More for accelerators at small batches; slow on CPU.
+    config.steps_per_dispatch = 1  # More at small batches, where the host is slow.
     config.eval_batch_size = 512  # Rounded up to a multiple of the devices.
     config.recalibrate_batches = 0  # Evaluate by the statistics of so many too; 0: do not.
     config.log_every_steps = 100

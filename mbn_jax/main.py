@@ -239,8 +239,17 @@ def _folder(workdir: str) -> pathlib.Path:
     return pathlib.Path(workdir)
 
 
+def _keep_compiled_programs() -> None:
+    """Lets JAX keep what it compiles for the next process, where it is not told otherwise."""
+    if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+        folder = pathlib.Path(home).expanduser() / "mbn_jax" / "compiled"
+        jax.config.update("jax_compilation_cache_dir", str(folder))
+
+
 def _run(command: Callable[[Sequence[str]], int], name: str) -> None:
     logging.set_verbosity(logging.WARNING)
+    _keep_compiled_programs()
     try:
         status = command(sys.argv[1:])
     except UserError as error:

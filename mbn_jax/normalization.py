@@ -27,7 +27,6 @@ from mbn_jax.statistics import (
     Moments,
     Schedule,
     batch_moments,
-    first_element,
     is_usable,
     transport,
 )
@@ -128,9 +127,9 @@ class BatchStatisticsNorm(nn.Module):
       scale_init: initializer of the scale.
       axis_name: named axis over which the batch is spread; statistics are those of the whole batch.
       axis_index_groups: groups of indices within that axis, each with statistics of its own.
-      use_fast_variance: moments in one pass around a guess of the mean (exact where the plain fast
-        variance cancels; the first batch is centred on its first element, or on 0 under
-        `axis_name`); False: in two passes.
+      use_fast_variance: moments in one pass around the mean that is kept, exact where the plain
+        fast variance cancels; around 0, as flax takes them, where nothing is kept yet. False: in
+        two passes.
       force_float32_reductions: if False, statistics are kept in `param_dtype`.
     """
 
@@ -176,15 +175,6 @@ class BatchStatisticsNorm(nn.Module):
     def _synced(self) -> bool:
         """Returns whether statistics are those of several devices; `init` needs no named axis."""
         return self.axis_name is not None and not self.is_initializing()
-
-    def _center(self, x, axes, mask, mean: Array, is_known: Array) -> Array | None:
-        """Returns what to take moments around, from a `mean` that is good where `is_known`."""
-        if not self.use_fast_variance:
-            return None
-        if not self._synced():  # Devices must agree on it; their first elements do not.
-            first = first_element(x, axes, mask).astype(mean.dtype)
-            mean = jnp.where(is_known, mean, first)
-        return lax.stop_gradient(mean)
 
     def _batch_moments(self, x, axes, mask, center: Array | None) -> Moments:
         """Computes the batch's moments, in one pass around `center`, or in two without."""
@@ -292,8 +282,7 @@ class PooledBatchNorm(BatchStatisticsNorm):
             mean, var, _ = rule.pooled(kept)
             return self._normalize(x, mean, var, axes, feature_axes)
         others = rule.remaining(kept), rule.leaving(kept)
-        guess = pool_of_two(*others)
-        center = self._center(x, axes, mask, guess.mean, guess.count > 0)
+        center = pool_of_two(*others).mean if self.use_fast_variance else None
         batch = self._batch_moments(x, axes, mask, center)
         first = self._first_moments()
         if first is not None:

@@ -159,22 +159,6 @@ def batch_moments(
     return Moments(mean, var, total)
 
 
-def first_element(x: Array, axes: Sequence[int], mask: Array | None = None) -> Array:
-    """Returns the first element of every feature (0 where it is masked or not finite), `[*F]`.
-
-    The cheapest guess of a mean that is right to a few standard deviations.
-
-    >>> first_element(jnp.array([[5.0, 6.0], [7.0, 8.0]]), (0,)).tolist()
-    [5.0, 6.0]
-    """
-    index = tuple(0 if i in tuple(axes) else slice(None) for i in range(x.ndim))
-    sample = x[index]
-    usable = jnp.isfinite(sample)
-    if mask is not None:
-        usable &= jnp.broadcast_to(jnp.asarray(mask, bool), x.shape)[index]
-    return jnp.where(usable, sample, jnp.zeros_like(sample))
-
-
 def is_usable(moments: Moments) -> Array:
     """Returns where moments are of something, and finite."""
     return (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)

@@ -107,6 +107,9 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
         config = default_config()
         with config.ignore_type(), config.unlocked():  # JSON has lists for tuples.
             config.update(stored)
+        unknown = sorted(set(fields(config)) - set(fields(default_config())))
+        if unknown:
+            raise ValueError(f"it has the unknown fields {', '.join(unknown)}")
         return config
     except OSError as error:
         raise UserError(f"{workdir} is not the folder of a run: it has no {CONFIG}.") from error

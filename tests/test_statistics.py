@@ -7,7 +7,7 @@ import pytest
 import reference
 from reference import ROUNDING, assert_moments, normal
 
-from mbn_jax.statistics import Moments, abs_sq, batch_moments, first_element, pool_groups
+from mbn_jax.statistics import Moments, abs_sq, batch_moments, pool_groups
 
 ESTIMATORS = {
     "two_pass": {"use_fast_variance": False},
@@ -77,13 +77,6 @@ def test_nothing_to_count_gives_zeros(estimator):
     moments = batch_moments(normal((4, 3)), (0,), mask=np.zeros((4, 3), bool), **estimator([3]))
     for value in moments:
         np.testing.assert_array_equal(value, np.zeros(3))
-
-
-def test_first_element_skips_what_is_masked_or_not_finite():
-    x = jnp.array([[1.0, jnp.nan, 3.0, jnp.inf], [5.0, 6.0, 7.0, 8.0]])
-    mask = jnp.array([[True, True, False, True], [True, True, True, True]])
-    np.testing.assert_array_equal(first_element(x, (0,), mask), [1, 0, 0, 0])
-    np.testing.assert_array_equal(first_element(x, (1,)), [1, 5])
 
 
 # Batch moments: over devices. `vmap` and eight devices must both be the batch in one piece.

@@ -299,11 +299,12 @@ def test_only_one_process_claims_a_trial(tmp_path):
     for i in range(60):
         study.enqueue_trial({}, user_attrs={store.MEMBER: str(i)})
     code = (
-        "import pathlib, sys, warnings; warnings.simplefilter('ignore')\n"
+        "import pathlib, sys, time, warnings; warnings.simplefilter('ignore')\n"
         "from mbn_jax.sweeps import storage\n"
         "study = storage.open_study(pathlib.Path(sys.argv[1]))\n"
         "print('ready', flush=True); sys.stdin.readline()\n"
-        "while (trial := study.ask()).user_attrs: print(trial.number, flush=True)\n"
+        "while (trial := study.ask()).user_attrs:\n"
+        "  print(trial.number, flush=True); time.sleep(0.02)\n"  # So that they meet.
     )
     claimants = [
         subprocess.Popen(

@@ -32,7 +32,9 @@ def build_model(
       A module called as `module(images, train=...)`.
     """
     name = config.model.name
-    model = functools.partial(MODELS[name], dtype=jnp.dtype(config.model.dtype))
+    model = functools.partial(
+        MODELS[name], dtype=jnp.dtype(config.model.dtype), remat=config.model.remat
+    )
     if name == "convnet":
         model = functools.partial(model, features=tuple(config.model.features))
     elif name in RESNETS:

@@ -1,11 +1,14 @@
 """A small convolutional network for small images."""
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from mbn_jax.models.remat import stage
 
 
 class ConvNet(nn.Module):
@@ -17,6 +20,7 @@ class ConvNet(nn.Module):
       num_classes: outputs of the classifier.
       norm: makes a normalization layer; called with `use_running_average`.
       features: channels of each convolution.
+      remat: whether the backward pass computes normalization and activation once more.
       dtype: dtype of the computation.
 
     >>> from mbn_jax import MemorizedBatchNorm
@@ -30,6 +34,7 @@ class ConvNet(nn.Module):
     num_classes: int
     norm: Callable[..., nn.Module]
     features: Sequence[int] = (16, 32, 32, 64)
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -37,8 +42,13 @@ class ConvNet(nn.Module):
         """Returns float32 logits `[batch, classes]` for `[batch, height, width, channels]`."""
         x = x.astype(self.dtype)
         for i, features in enumerate(self.features):
-            stride = 1 if i == 0 else 2
-            x = nn.Conv(features, (3, 3), stride, use_bias=False, dtype=self.dtype)(x)
-            x = nn.relu(self.norm(use_running_average=not train)(x))
+            layer = functools.partial(
+                ConvNet._layer, features=features, stride=1 if i == 0 else 2, train=train
+            )
+            x = stage(self.remat, layer)(self, x)
         x = x.mean((1, 2))
         return nn.Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)
+
+    def _layer(self, x: jax.Array, *, features: int, stride: int, train: bool) -> jax.Array:
+        x = nn.Conv(features, (3, 3), stride, use_bias=False, dtype=self.dtype)(x)
+        return nn.relu(self.norm(use_running_average=not train)(x))

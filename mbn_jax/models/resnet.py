@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from mbn_jax.models.remat import stage
+
 
 class ResidualBlock(nn.Module):
     """What the blocks share.
@@ -80,6 +82,8 @@ class ResNet(nn.Module):
       large_images: begin with a strided 7x7 convolution and pooling (ImageNet), not 3x3 (CIFAR).
       shortcut: of the blocks, 'pad' or 'projection'.
       zero_init_last_scale: of the blocks.
+      remat: whether the backward pass computes normalization and activation once more, stage by
+        stage, and the forward pass keeps convolutions alone.
       dtype: dtype of the computation.
 
     References:
@@ -101,29 +105,39 @@ class ResNet(nn.Module):
     large_images: bool = False
     shortcut: str = "projection"
     zero_init_last_scale: bool = False
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Returns float32 logits `[batch, classes]` for `[batch, height, width, channels]`."""
+        x = stage(self.remat, functools.partial(ResNet._stem, train=train))(self, x)
+        for number in range(len(self.stage_sizes)):
+            blocks = functools.partial(ResNet._stage, number=number, train=train)
+            x = stage(self.remat, blocks)(self, x)
+        x = x.mean((1, 2))
+        return nn.Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)
+
+    def _stem(self, x: jax.Array, *, train: bool) -> jax.Array:
         conv = functools.partial(nn.Conv, self.features, use_bias=False, dtype=self.dtype)
         x = x.astype(self.dtype)
         x = conv((7, 7), 2, padding=3)(x) if self.large_images else conv((3, 3))(x)
         x = nn.relu(self.norm(use_running_average=not train)(x))
         if self.large_images:
             x = nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))
-        for stage, size in enumerate(self.stage_sizes):
-            for i in range(size):
-                x = self.block(
-                    self.features * 2**stage,
-                    2 if stage and i == 0 else 1,
-                    self.norm,
-                    self.shortcut,
-                    self.zero_init_last_scale,
-                    self.dtype,
-                )(x, train=train)
-        x = x.mean((1, 2))
-        return nn.Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)
+        return x
+
+    def _stage(self, x: jax.Array, *, number: int, train: bool) -> jax.Array:
+        for i in range(self.stage_sizes[number]):
+            x = self.block(
+                self.features * 2**number,
+                2 if number and i == 0 else 1,
+                self.norm,
+                self.shortcut,
+                self.zero_init_last_scale,
+                self.dtype,
+            )(x, train=train)
+        return x
 
 
 def cifar_resnet(depth: int) -> Callable[..., ResNet]:

@@ -1,11 +1,14 @@
 """VGG-16 with normalization, for small images."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+
+from mbn_jax.models.remat import stage
 
 STAGES = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))
 
@@ -19,6 +22,7 @@ class VGG16(nn.Module):
     Attributes:
       num_classes: outputs of the classifier.
       norm: makes a normalization layer; called with `use_running_average`.
+      remat: whether the backward pass computes normalization and activation once more.
       dtype: dtype of the computation.
 
     References:
@@ -28,6 +32,7 @@ class VGG16(nn.Module):
 
     num_classes: int
     norm: Callable[..., nn.Module]
+    remat: bool = False
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -35,9 +40,13 @@ class VGG16(nn.Module):
         """Returns float32 logits `[batch, classes]` for images of 32x32 pixels or more."""
         x = x.astype(self.dtype)
         for features, count in STAGES:
-            for _ in range(count):
-                x = nn.Conv(features, (3, 3), use_bias=False, dtype=self.dtype)(x)
-                x = nn.relu(self.norm(use_running_average=not train)(x))
-            x = nn.max_pool(x, (2, 2), (2, 2))
+            layers = functools.partial(VGG16._stage, features=features, count=count, train=train)
+            x = stage(self.remat, layers)(self, x)
         x = x.mean((1, 2))
         return nn.Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)
+
+    def _stage(self, x: jax.Array, *, features: int, count: int, train: bool) -> jax.Array:
+        for _ in range(count):
+            x = nn.Conv(features, (3, 3), use_bias=False, dtype=self.dtype)(x)
+            x = nn.relu(self.norm(use_running_average=not train)(x))
+        return nn.max_pool(x, (2, 2), (2, 2))

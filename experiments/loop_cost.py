@@ -1,0 +1,110 @@
+"""What the loop around a training step costs: batches, augmentation, metrics, logging.
+
+    python experiments/loop_cost.py --config=configs/digits.py
+
+Takes turns between the bare step, on a batch that is there, and `mbn-train`'s own loop on the same
+devices, with one step per dispatch and with several; its start, evaluations and checkpoints apart.
+Prints the time of a step in each, the median ratio to the bare step of the same round with
+quartiles, and for the bare step how long it keeps the host, from the call until it returns. On a
+CPU pin the process to a core (taskset -c 0).
+"""
+
+import argparse
+import tempfile
+import time
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mbn_jax import make_train_step
+from mbn_jax.config import traced_values
+from mbn_jax.config_files import parse_config
+from mbn_jax.experiment import classification_loss
+from mbn_jax.parallel import AXIS_NAME, distribute, replicate, split_over_devices
+from mbn_jax.program import Program, Programs
+from mbn_jax.train import train
+
+
+def bare_step(program: Program, config: ConfigDict) -> Callable[[int], tuple[float, float]]:
+    """Returns what takes so many bare steps; that returns seconds a step, and those of the call."""
+    experiment, values = program.experiment, traced_values(config)
+    step = make_train_step(
+        experiment.model(values).apply,
+        experiment.optimizer(values),
+        classification_loss,
+        double_forward=config.double_forward,
+        double_forward_fraction=config.double_forward_fraction,
+        double_forward_every=config.double_forward_every,
+        axis_name=AXIS_NAME,
+    )
+    compiled = program.map_over_devices(step, donate_argnums=(0,))
+    examples = experiment.train.read(np.arange(config.batch_size))
+    examples["image"] = np.asarray(experiment.images(examples))
+    batch = distribute(split_over_devices(examples))
+    state = replicate(program.initial_state(config), program.devices)
+
+    def run(steps: int) -> tuple[float, float]:
+        nonlocal state
+        begin, host = time.perf_counter(), 0.0
+        for _ in range(steps):
+            call = time.perf_counter()
+            state, _ = compiled(state, batch)
+            host += time.perf_counter() - call
+        jax.block_until_ready(state)
+        return (time.perf_counter() - begin) / steps, host / steps
+
+    return run
+
+
+def seconds_in_loop(programs: Programs, config: ConfigDict) -> float:
+    """Trains; returns the median time of a step over the records but the first."""
+    seconds: list[float] = []
+    with tempfile.TemporaryDirectory() as workdir:
+        train(
+            config,
+            workdir,
+            programs=programs,
+            on_record=lambda _, values: seconds.append(
+                config.batch_size / values["images_per_second"]
+            ),
+        )
+    return float(np.median(seconds[1:]))
+
+
+def main() -> None:
+    """Prints a table as Markdown."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="config file, as of mbn-train")
+    parser.add_argument("--steps", type=int, default=1024, help="of a turn, a multiple of 64")
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--stack", type=int, default=8, help="several steps per dispatch")
+    args, overrides = parser.parse_known_args()
+    config = parse_config(args.config, overrides)
+    programs = Programs()
+    train_examples = len(programs.experiment(config).train)
+    config.num_epochs = args.steps / (train_examples // config.batch_size)
+    config.log_every_steps = args.steps // 8
+    config.eval_every_steps = config.checkpoint_every_steps = args.steps
+    stacked = config.copy_and_resolve_references()
+    stacked.steps_per_dispatch = args.stack
+    step = bare_step(programs.get(config), config)
+    times = []
+    for number in range(args.rounds + 1):
+        bare, host = step(args.steps)
+        row = [bare, *(seconds_in_loop(programs, c) for c in (config, stacked)), host]
+        if number:  # The first compiles.
+            times.append(row)
+    print("| | ms a step | to the bare step | quartiles |\n| --- | --- | --- | --- |")
+    names = ("bare step", "run", f"run, {args.stack} steps a dispatch", "host, of a bare step")
+    for name, seconds in zip(names, np.array(times).T, strict=True):
+        low, median, high = np.quantile(seconds / np.array(times)[:, 0], (0.25, 0.5, 0.75))
+        milliseconds = 1e3 * np.median(seconds)
+        print(f"| {name} | {milliseconds:.3f} | {median:.3f} | {low:.3f} to {high:.3f} |")
+
+
+if __name__ == "__main__":
+    main()
