@@ -79,16 +79,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="config file, as of mbn-train")
-    parser.add_argument("--steps", type=int, default=1024, help="of a turn, a multiple of 64")
+    parser.add_argument("--steps", type=int, default=1024, help="of a turn, a multiple of 8 stacks")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--stack", type=int, default=8, help="several steps per dispatch")
     args, overrides = parser.parse_known_args()
+    if args.steps % (8 * args.stack):
+        parser.error(f"--steps must be a multiple of 8 * --stack, got {args.steps}")
     config = parse_config(args.config, overrides)
     programs = Programs()
     train_examples = len(programs.experiment(config).train)
     config.num_epochs = args.steps / (train_examples // config.batch_size)
     config.log_every_steps = args.steps // 8
     config.eval_every_steps = config.checkpoint_every_steps = args.steps
+    config.shift.every_steps = config.recalibrate_batches = 0
+    config.schedule.warmup_epochs = 0.0
     stacked = config.copy_and_resolve_references()
     stacked.steps_per_dispatch = args.stack
     step = bare_step(programs.get(config), config)

@@ -199,7 +199,9 @@ def kept_bytes(network: nn.Module, state: TrainState, batch: dict) -> int:
         return jax.vjp(loss, params, has_aux=True)[1]
 
     kept = jax.eval_shape(backward, state.params, state.batch_stats, batch)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept) if x.ndim > 2)
+    examples = len(batch["label"])
+    maps = (x for x in jax.tree.leaves(kept) if x.ndim > 2 and x.shape[0] == examples)
+    return sum(x.size * x.dtype.itemsize for x in maps)
 
 
 class TorchStep:

@@ -33,6 +33,7 @@ from mbn_jax.parallel import (
     local_devices,
     replicate,
 )
+from mbn_jax.workdir import replace
 
 SEAL = "checksums.json"
 UNFINISHED = "*.orbax-checkpoint-tmp*"
@@ -108,7 +109,7 @@ class Checkpoints:
         with first_host_first():
             if jax.process_index() == 0:
                 folder = self._folder / str(step)
-                (folder / SEAL).write_text(json.dumps(_checksums(folder), indent=1))
+                replace(folder / SEAL, json.dumps(_checksums(folder), indent=1).encode())
         # Not by Orbax, which would drop the oldest before the newest is sealed.
         if self._keep and not temporary:
             steps = self._manager.all_steps()

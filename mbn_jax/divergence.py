@@ -165,7 +165,7 @@ class LayerCheck:
         batch = experiment.batch_of_step(values, state, data, block)
         new = experiment.step(values)(state, batch)[0] if after_update else state
         with record_norm_inputs(LAYERS) as recorded:
-            experiment.model(values).apply(
+            experiment.model(values, remat=False).apply(
                 {"params": new.params, "batch_stats": new.batch_stats},
                 batch["image"],
                 train=True,

@@ -131,10 +131,19 @@ class Experiment:
             values = {k: v for k, v in values.items() if k != "norm.memory_schedule.start_size"}
         return config_lib.with_values(self.config, {**values, "norm.memory_capacity": capacity})
 
-    def model(self, values: Batch) -> nn.Module:
-        """Returns the network, its memory by the size and decay of `values`."""
-        norm = build_norm(self._with(values), self.num_devices, self.total_steps)
-        return build_model(self.config, num_classes=self.train.num_classes, norm=norm)
+    def model(self, values: Batch, *, remat: bool | None = None) -> nn.Module:
+        """Returns the network, its memory by the size and decay of `values`.
+
+        Args:
+          values: of the run.
+          remat: in place of `config.model.remat`: False to look into the network from outside,
+            which `nn.remat` does not allow.
+        """
+        config = self._with(values)
+        norm = build_norm(config, self.num_devices, self.total_steps)
+        if remat is not None:
+            config.model.remat = remat
+        return build_model(config, num_classes=self.train.num_classes, norm=norm)
 
     def optimizer(self, values: Batch) -> optax.GradientTransformation:
         """Returns the optimizer, with the learning rate and weight decay of `values`."""
@@ -221,9 +230,13 @@ class Experiment:
         def one(state: TrainState, _) -> tuple[TrainState, Batch]:
             return step(state, self.batch_of_step(values, state, data, block))
 
-        # XLA's CPU compiler brings the convolutions of a backward pass into the form that it has a
-        # fast kernel for, but not inside a loop, where they are some twenty times slower.
-        return jax.lax.scan(one, state, length=num_steps, unroll=jax.default_backend() == "cpu")
+        if num_steps > 1:
+            # XLA's CPU compiler brings the convolutions of a backward pass into the form that it
+            # has a fast kernel for, but not inside a loop, where they are many times slower.
+            unroll = jax.default_backend() == "cpu"
+            return jax.lax.scan(one, state, length=num_steps, unroll=unroll)
+        state, metrics = one(state, None)  # Not as a loop of one, for that.
+        return state, jax.tree.map(lambda x: x[None], metrics)
 
     def evaluate(
         self,
@@ -284,7 +297,8 @@ class Experiment:
             normalize_by_them=recalibrate,
         ) as recorded:
             mutable = ["batch_stats"] if recalibrate else False
-            self.model(values).apply(variables, images, train=False, mutable=mutable)
+            model = self.model(values, remat=False)
+            model.apply(variables, images, train=False, mutable=mutable)
         return add_moments(totals, recorded)
 
 

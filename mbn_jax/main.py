@@ -243,7 +243,7 @@ def _keep_compiled_programs() -> None:
     """Lets JAX keep what it compiles for the next process, where it is not told otherwise."""
     if not jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         home = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-        folder = pathlib.Path(home).expanduser() / "mbn_jax" / "compiled"
+        folder = pathlib.Path(os.path.expanduser(home)) / "mbn_jax" / "compiled"
         jax.config.update("jax_compilation_cache_dir", str(folder))
 
 

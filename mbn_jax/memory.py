@@ -37,7 +37,8 @@ def memory_weights(
     dtype = count.dtype
     age = newest_age + jnp.arange(count.shape[0]).reshape((-1,) + (1,) * (count.ndim - 1))
     weight = jnp.asarray(decay, dtype) ** age.astype(dtype)
-    return jnp.where((count > 0) & (age < memory_size), weight, 0)
+    in_use = (age < memory_size) & (age < count.shape[0])
+    return jnp.where((count > 0) & in_use, weight, 0)
 
 
 def memory_rule(memory_size: Schedule, decay: Schedule, step: Array) -> tuple[Any, Any]:
@@ -142,7 +143,8 @@ def pool_of_two(first: Moments, second: Moments) -> Moments:
     first_mean = jnp.where(has_first | ~has_second, first.mean, second_mean)
     away = second_mean - first_mean
     mean = first_mean + share * away
-    var = (1 - share) * (first.var + share * abs_sq(away)) + share * second_var
+    first_var = jnp.where(has_first | ~has_second, first.var, second_var)
+    var = (1 - share) * (first_var + share * abs_sq(away)) + share * second_var
     return Moments(mean, var, total)
 
 
@@ -169,7 +171,8 @@ class Slots:
 
     def leaving(self, slots: Moments) -> Moments:
         """Returns what a new batch drives out of the pool, weighed as `remaining` is."""
-        oldest = jnp.asarray(jnp.ceil(self.memory_size), jnp.int32) - 1
+        size = jnp.asarray(jnp.ceil(self.memory_size), jnp.int32)
+        oldest = jnp.minimum(size, slots.count.shape[0]) - 1
         slot = Moments(*(value[oldest] for value in slots))
         weight = jnp.asarray(self.decay, slot.count.dtype) ** (oldest + 1)
         return slot._replace(count=jnp.where(slot.count > 0, weight, 0))

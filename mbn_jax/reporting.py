@@ -62,11 +62,12 @@ def check_records(workdir: pathlib.Path, step: int, digest: str | None) -> None:
     path = workdir / METRICS
     if digest is None:
         return
-    if not path.exists():
-        logging.warning("%s is gone: the records up to step %d are lost.", path, step)
+    lines = _lines(r for r in read_metrics(workdir) if r["step"] <= step)
+    if hashlib.sha256(lines).hexdigest() == digest:
         return
-    found = hashlib.sha256(_lines(r for r in read_metrics(workdir) if r["step"] <= step))
-    if found.hexdigest() != digest:
+    if not lines:  # Deleted, now or before an earlier start.
+        logging.warning("%s is gone: the records up to step %d are lost.", path, step)
+    else:
         raise UserError(
             f"{path} is damaged: up to step {step} it is not what the run wrote; put it back from "
             "a copy, or delete it: the run goes on without its earlier records."

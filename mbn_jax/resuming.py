@@ -11,7 +11,7 @@ from mbn_jax.checkpoints import Checkpoints
 from mbn_jax.config import steps_per_epoch
 from mbn_jax.config_files import with_fields
 from mbn_jax.double_forward import TrainState
-from mbn_jax.parallel import first_device, replicate
+from mbn_jax.parallel import first_device, first_host_first, replicate
 from mbn_jax.program import Program
 from mbn_jax.reporting import check_records
 from mbn_jax.workdir import CHECKPOINTS, check_checkpoint, writing
@@ -63,8 +63,9 @@ def find_start(program: Program, config: ConfigDict, workdir: pathlib.Path) -> S
     check_checkpoint(config, notes.get("config"), workdir)
     state = replicate(fresh, program.devices) if state is None else state
     step = int(first_device(state.step))
-    if jax.process_index() == 0:  # The others may see an older file.
-        check_records(workdir, step, notes.get("records"))
+    with first_host_first():
+        if jax.process_index() == 0:  # The others may see an older file.
+            check_records(workdir, step, notes.get("records"))
     pending = {k: np.array([v], np.float32) for k, v in notes.get("pending", {}).items()}
     return Start(state, step, notes.get("restores", 0), notes.get("went_back_to"), pending)
 

@@ -95,7 +95,7 @@ class ShiftMeter:
                 self._experiment.config.shift.layers,
                 axis_name=AXIS_NAME if synced else None,
             ) as recorded:
-                _, updates = self._experiment.model(values).apply(
+                _, updates = self._experiment.model(values, remat=False).apply(
                     variables,
                     batch["image"],
                     train=True,

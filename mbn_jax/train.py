@@ -93,13 +93,14 @@ def train(
         start = find_start(program, config, workdir)
         if restores:
             start.restores, start.went_back_to = restores, went_back_to
-        reporter = Reporter(
-            workdir,
-            first_step=start.step,
-            total_steps=program.experiment.total_steps,
-            on_record=on_record,
-            silent=not is_first,
-        )
+        with first_host_first():  # Where the first one cannot write, all end.
+            reporter = Reporter(
+                workdir,
+                first_step=start.step,
+                total_steps=program.experiment.total_steps,
+                on_record=on_record,
+                silent=not is_first,
+            )
         if start.step:
             reporter.say(f"resumed from the checkpoint of step {start.step}")
         try:

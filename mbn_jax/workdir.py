@@ -90,7 +90,10 @@ def replace(path: pathlib.Path, content: bytes) -> None:
     temporary = path.with_name(f"{path.name}.{os.getpid()}.new")
     with writing(path.parent):
         try:
-            temporary.write_bytes(content)
+            with temporary.open("wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
             os.replace(temporary, path)
         except OSError:
             temporary.unlink(missing_ok=True)

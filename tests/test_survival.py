@@ -244,6 +244,7 @@ def test_lost_records_are_told_and_a_damaged_checkpoint_is_not_evaluated(
     workdir = damaged(run, tmp_path / "run", "metrics.jsonl", pathlib.Path.unlink)
     assert train(config, workdir) == {}
     assert "the records up to step 10 are lost" in caplog.text
+    assert train(config, workdir) == {}  # Nor once there is an empty file.
     cut_in_half(workdir / CHECKPOINTS / "10" / "checksums.json")
     with pytest.raises(UserError, match="no sound checkpoint to evaluate"):
         evaluate_run(workdir)

@@ -354,6 +354,17 @@ def test_a_run_is_recalibrated_after_it_too(config, tmp_path):
     assert recalibrated["loss"] == pytest.approx(values["recalibrated_test_loss"], rel=1e-6)
 
 
+def test_a_network_that_keeps_less_is_trained_measured_and_recalibrated(config, tmp_path):
+    values = {}
+    config.recalibrate_batches = 1
+    config.shift.every_steps = config.log_every_steps
+    for remat in (False, True):
+        config.model.remat = remat
+        values[remat] = train_anew(config, tmp_path / str(remat))
+    # The same arithmetic, in another order.
+    assert values[True] == pytest.approx(values[False], rel=1e-2)
+
+
 def test_virtual_batches_of_each_device_start_from_the_pool_on_fewer_devices(config, tmp_path):
     config.norm.sync = "local"
     config.norm.virtual_batch_size = 2
