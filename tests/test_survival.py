@@ -337,7 +337,7 @@ def test_a_disk_that_is_full_or_read_only_is_told_wherever_it_is_noticed(
         ("mbn_jax.reporting.os", "fsync"),
         ("mbn_jax.events.RecordWriter", "write"),
         ("mbn_jax.train", "draw_curves"),
-        ("pathlib.Path", "write_bytes"),
+        ("mbn_jax.workdir.os", "replace"),
         ("mbn_jax.checkpoints.ocp.CheckpointManager", "save"),
     ):
         with monkeypatch.context() as patch:
