@@ -18,11 +18,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mbn_jax import make_train_step
 from mbn_jax.config import traced_values
 from mbn_jax.config_files import parse_config
-from mbn_jax.experiment import classification_loss
-from mbn_jax.parallel import AXIS_NAME, distribute, replicate, split_over_devices
+from mbn_jax.parallel import distribute, replicate, split_over_devices
 from mbn_jax.program import Program, Programs
 from mbn_jax.train import train
 
@@ -30,16 +28,7 @@ from mbn_jax.train import train
 def bare_step(program: Program, config: ConfigDict) -> Callable[[int], tuple[float, float]]:
     """Returns what takes so many bare steps; that returns seconds a step, and those of the call."""
     experiment, values = program.experiment, traced_values(config)
-    step = make_train_step(
-        experiment.model(values).apply,
-        experiment.optimizer(values),
-        classification_loss,
-        double_forward=config.double_forward,
-        double_forward_fraction=config.double_forward_fraction,
-        double_forward_every=config.double_forward_every,
-        axis_name=AXIS_NAME,
-    )
-    compiled = program.map_over_devices(step, donate_argnums=(0,))
+    compiled = program.map_over_devices(experiment.step(values), donate_argnums=(0,))
     examples = experiment.train.read(np.arange(config.batch_size))
     examples["image"] = np.asarray(experiment.images(examples))
     batch = distribute(split_over_devices(examples))

@@ -85,8 +85,8 @@ class BatchRenorm(BatchStatisticsNorm):
         steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
         if use_running_average:
             return self._normalize(x, mean.value, var.value, axes, feature_axes)
-        center = lax.stop_gradient(mean.value) if self.use_fast_variance else None
-        batch = self._batch_moments(x, axes, mask, center)
+        kept_mean = mean.value
+        batch = self._batch_moments(x, axes, mask, kept_mean)
         used_mean, used_var = statistics_with_gradient(
             batch,
             mean.value,
@@ -104,6 +104,5 @@ class BatchRenorm(BatchStatisticsNorm):
             new_var = jnp.where(seen, lax.square(sigma), var.value).astype(var_dtype)
             mean.value, var.value = lax.stop_gradient((new_mean, new_var))
             steps.value = steps.value + 1
-        if center is None:
-            center = batch.mean
+        center = kept_mean if self.use_fast_variance else batch.mean
         return self._normalize(x, used_mean, used_var, axes, feature_axes, center)

@@ -60,13 +60,14 @@ class FiniteCheck:
         self._say = say
         self._is_said = False
 
-    def __call__(self, value: float, what: str, step: int) -> None:
+    def __call__(self, value: float, what: str, step: int, *, after_update: bool = False) -> None:
         """Checks one number.
 
         Args:
           value: to check.
-          what: it is, up to the step: 'loss of', 'test loss after'.
+          what: it is.
           step: that it belongs to.
+          after_update: whether it is of the parameters after that step's update.
 
         Raises:
           DivergenceError: naming the step and its learning rate.
@@ -74,22 +75,23 @@ class FiniteCheck:
         if np.isfinite(value) or self._is_said:
             return
         rate = float(self._schedule(step - 1))
-        told = f"The {what} step {step} is {value}, at learning rate {rate:.4g}"
+        when = "after" if after_update else "of"
+        told = f"The {what} {when} step {step} is {value}, at learning rate {rate:.4g}"
         if not self._goes_on:
-            raise DivergenceError(told, step, after_update=what.endswith("after"))
+            raise DivergenceError(told, step, after_update)
         self._say(f"{told}; training goes on, as on_divergence='continue' says.")
         self._is_said = True
 
     def losses(self, losses: np.ndarray, step: int) -> None:
         """Checks the losses of the steps up to `step`; raises as a call does."""
         for at, loss in enumerate(losses, start=step - len(losses) + 1):
-            self(loss, "loss of", at)
+            self(loss, "loss", at)
 
     def params(self, state: TrainState, step: int) -> None:
         """Checks the parameters, of which the losses told before the last update only."""
         params = jax.tree.leaves(first_device(state.params))
         total = sum(float(jnp.sum(x)) for x in params)
-        self(total, "sum of the parameters after", step)
+        self(total, "sum of the parameters", step, after_update=True)
 
 
 def where_it_began(

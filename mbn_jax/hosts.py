@@ -9,6 +9,9 @@ import jax
 
 from mbn_jax.errors import UserError
 
+HEARTBEAT_TIMEOUT = 100
+"""Seconds of silence after which a host counts as gone."""
+
 SLURM = (
     "SLURM_JOB_ID",
     "SLURM_STEP_NODELIST",
@@ -48,7 +51,7 @@ def join_hosts(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
-    heartbeat_timeout: int = 100,
+    heartbeat_timeout: int = HEARTBEAT_TIMEOUT,
 ) -> None:
     """Joins the other processes of a run, where flags or the environment say that there are any.
 

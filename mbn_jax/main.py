@@ -15,7 +15,7 @@ from absl import logging
 
 from mbn_jax.config_files import parse_config
 from mbn_jax.errors import UserError
-from mbn_jax.hosts import join_hosts
+from mbn_jax.hosts import HEARTBEAT_TIMEOUT, join_hosts
 from mbn_jax.preemption import StoppedError, stop_on_sigterm
 
 EXAMPLE_CONFIG = "configs/digits.py"
@@ -27,7 +27,6 @@ DIVERGED = 3
 STOPPED = 75
 """EX_TEMPFAIL of sysexits.h: schedulers can be told to run such a command again."""
 
-HEARTBEAT_TIMEOUT = 100
 SECONDS_TO_LEAVE = 10.0
 """After an error, for the other hosts to have it too."""
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from mbn_jax.statistics import Array, Moments, Schedule, abs_sq, is_usable, value_at
+from mbn_jax.statistics import Array, Moments, Schedule, abs_sq, is_usable, select, value_at
 
 
 def memory_weights(
@@ -137,14 +137,12 @@ def pool_of_two(first: Moments, second: Moments) -> Moments:
     total = first.count + second.count
     share = (second.count / jnp.where(total > 0, total, 1)).astype(first.var.dtype)
     # Selected, not multiplied away: it may be huge, or not finite.
-    has_first, has_second = first.count > 0, second.count > 0
-    second_mean = jnp.where(has_second, second.mean, first.mean)
-    second_var = jnp.where(has_second, second.var, first.var)
-    first_mean = jnp.where(has_first | ~has_second, first.mean, second_mean)
-    away = second_mean - first_mean
-    mean = first_mean + share * away
-    first_var = jnp.where(has_first | ~has_second, first.var, second_var)
-    var = (1 - share) * (first_var + share * abs_sq(away)) + share * second_var
+    has_second = second.count > 0
+    has_first = (first.count > 0) | ~has_second
+    first, second = select(has_first, first, second), select(has_second, second, first)
+    away = second.mean - first.mean
+    mean = first.mean + share * away
+    var = (1 - share) * (first.var + share * abs_sq(away)) + share * second.var
     return Moments(mean, var, total)
 
 
@@ -209,9 +207,5 @@ class Average:
         usable = is_usable(batch)
         batch = batch._replace(count=jnp.ones_like(average.count))
         new = pool_of_two(self.remaining(average), batch)
-        return Moments(
-            *(
-                jnp.where(usable, x, old).astype(old.dtype)
-                for x, old in zip(new, average, strict=True)
-            )
-        )
+        kept = select(usable, new, average)
+        return Moments(*(x.astype(old.dtype) for x, old in zip(kept, average, strict=True)))

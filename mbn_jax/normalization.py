@@ -28,6 +28,7 @@ from mbn_jax.statistics import (
     Schedule,
     batch_moments,
     is_usable,
+    select,
     transport,
 )
 
@@ -176,8 +177,8 @@ class BatchStatisticsNorm(nn.Module):
         """Returns whether statistics are those of several devices; `init` needs no named axis."""
         return self.axis_name is not None and not self.is_initializing()
 
-    def _batch_moments(self, x, axes, mask, center: Array | None) -> Moments:
-        """Computes the batch's moments, in one pass around `center`, or in two without."""
+    def _batch_moments(self, x, axes, mask, center: Array) -> Moments:
+        """Computes the batch's moments, in one pass around `center` where that is asked for."""
         synced = self._synced()
         return batch_moments(
             x,
@@ -282,16 +283,14 @@ class PooledBatchNorm(BatchStatisticsNorm):
             mean, var, _ = rule.pooled(kept)
             return self._normalize(x, mean, var, axes, feature_axes)
         others = rule.remaining(kept), rule.leaving(kept)
-        center = pool_of_two(*others).mean if self.use_fast_variance else None
-        batch = self._batch_moments(x, axes, mask, center)
+        guess = pool_of_two(*others).mean
+        batch = self._batch_moments(x, axes, mask, guess)
         first = self._first_moments()
         if first is not None:
             kept, others, batch = self._moved(rule, kept, others, first, batch)
         remaining, leaving = others
-        usable = is_usable(batch)
         newest = batch._replace(count=jnp.ones_like(batch.count))
-        newest = Moments(*(jnp.where(usable, *pair) for pair in zip(newest, leaving, strict=True)))
-        mean, var, _ = pool_of_two(remaining, newest)
+        mean, var, _ = pool_of_two(remaining, select(is_usable(batch), newest, leaving))
         mean, var = statistics_with_gradient(
             batch,
             mean,
@@ -305,7 +304,7 @@ class PooledBatchNorm(BatchStatisticsNorm):
             wanted = part_to_record()
             if wanted is not None:
                 part, part_mask = self._part(x, axes, mask, *wanted)
-                moments = self._batch_moments(part, axes, part_mask, center)
+                moments = self._batch_moments(part, axes, part_mask, guess)
                 self.sow(BATCH_MOMENTS, PART, moments)
             self.sow(BATCH_MOMENTS, WHOLE, batch)
             if first is not None:
@@ -313,8 +312,7 @@ class PooledBatchNorm(BatchStatisticsNorm):
             pushed = rule.pushed(kept, batch)
             for variable, value in zip(variables, pushed, strict=True):
                 variable.value = lax.stop_gradient(value)
-        if center is None:
-            center = batch.mean
+        center = guess if self.use_fast_variance else batch.mean
         return self._normalize(x, mean, var, axes, feature_axes, center)
 
     def _part(self, x: Array, axes: tuple[int, ...], mask: Array | None, size: int, rows: int):
@@ -383,7 +381,7 @@ class PooledBatchNorm(BatchStatisticsNorm):
         age = jnp.arange(kept.mean.shape[0]) - call
         own = (age >= 0) & (age % calls == calls - 1 - call)
         own = own.reshape((-1,) + (1,) * before.mean.ndim)
-        kept = Moments(*(jnp.where(own, new, x) for new, x in zip(moved, kept, strict=True)))
+        kept = select(own, moved, kept)
         return kept, (rule.remaining(kept), rule.leaving(kept)), whole
 
     def _values(self, x: Array, axes: tuple[int, ...]) -> int:

@@ -159,6 +159,11 @@ def batch_moments(
     return Moments(mean, var, total)
 
 
+def select(condition: Array, chosen: Moments, others: Moments) -> Moments:
+    """Returns `chosen` where a condition, broadcastable to them, holds, and `others` elsewhere."""
+    return Moments(*(jnp.where(condition, *pair) for pair in zip(chosen, others, strict=True)))
+
+
 def is_usable(moments: Moments) -> Array:
     """Returns where moments are of something, and finite."""
     return (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)

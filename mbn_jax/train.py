@@ -97,7 +97,7 @@ def train(
             reporter = Reporter(
                 workdir,
                 first_step=start.step,
-                total_steps=program.experiment.total_steps,
+                total_steps=experiment.total_steps,
                 on_record=on_record,
                 silent=not is_first,
             )
@@ -210,7 +210,7 @@ def _run(
             reporter.progress(step, values)
         if evaluates:
             values |= {f"test_{k}": v for k, v in program.evaluate(config, state).items()}
-            check(values["test_loss"], "test loss after", step)
+            check(values["test_loss"], "test loss", step, after_update=True)
             reporter.say(
                 f"step {step}/{total_steps}  test loss {values['test_loss']:.4f}  "
                 f"test error {values['test_error']:.2%}"
