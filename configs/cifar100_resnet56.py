@@ -6,8 +6,8 @@ By the recipe of He et al. (2016), section 4.2, for CIFAR-10: SGD, batch 128, mo
 steps, rate 0.1 divided by 10 twice. Not run here.
 """
 
-from mbn_jax.config import default_config
 from mbn_jax.datasets.standard import standard_dataset
+from mbn_jax.training.config import default_config
 
 
 def get_config():

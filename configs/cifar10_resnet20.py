@@ -7,8 +7,8 @@ length, which is a day of work for 2 CPU cores; for 4 epochs it was: docs/measur
 size".
 """
 
-from mbn_jax.config import default_config
 from mbn_jax.datasets.standard import standard_dataset
+from mbn_jax.training.config import default_config
 
 
 def get_config():

@@ -7,8 +7,8 @@ prepared once (docs/framework.md, "Data"). Some 3 minutes on 2 CPU cores. Result
 docs/measurements.md, "Norms by batch size".
 """
 
-from mbn_jax.config import default_config
 from mbn_jax.datasets.standard import standard_dataset
+from mbn_jax.training.config import default_config
 
 
 def get_config():

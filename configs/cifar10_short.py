@@ -7,8 +7,8 @@ the data set prepared once (docs/framework.md, "Data"). Some 15 s on one CPU cor
 docs/transport.md.
 """
 
-from mbn_jax.config import default_config
 from mbn_jax.datasets.standard import standard_dataset
+from mbn_jax.training.config import default_config
 
 
 def get_config():

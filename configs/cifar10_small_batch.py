@@ -6,7 +6,7 @@ Needs the data set prepared once (docs/framework.md, "Data"). About a minute on 
 Results: docs/measurements.md.
 """
 
-from mbn_jax.config import default_config
+from mbn_jax.training.config import default_config
 
 
 def get_config():

@@ -6,8 +6,8 @@ The convolutions of Simonyan and Zisserman (arXiv 1409.1556), a norm after each 
 layer, as is usual for CIFAR. SGD, batch 128, momentum 0.9, rate decayed to 0. Not run here.
 """
 
-from mbn_jax.config import default_config
 from mbn_jax.datasets.standard import standard_dataset
+from mbn_jax.training.config import default_config
 
 
 def get_config():

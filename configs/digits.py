@@ -8,7 +8,7 @@
 that a batch of 2 gives it two values a channel. Some 10 s on 2 CPU cores. Results: README.md.
 """
 
-from mbn_jax.config import default_config
+from mbn_jax.training.config import default_config
 
 
 def get_config():

@@ -5,8 +5,8 @@
 SGD, batch 128, momentum 0.9, 40 epochs, rate decayed to 0. Not run here.
 """
 
-from mbn_jax.config import default_config
 from mbn_jax.datasets.standard import standard_dataset
+from mbn_jax.training.config import default_config
 
 
 def get_config():

@@ -8,8 +8,8 @@ along a cosine. Every device keeps statistics of its own, of 32 images a batch, 
 memory is of use. Not run here. Smaller: --config.model.name=resnet18.
 """
 
-from mbn_jax.config import default_config
 from mbn_jax.datasets.standard import standard_dataset
+from mbn_jax.training.config import default_config
 
 
 def get_config():

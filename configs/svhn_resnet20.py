@@ -5,8 +5,8 @@
 SGD, batch 128, momentum 0.9, 40 epochs, rate 0.1 divided by 10 twice. Not run here.
 """
 
-from mbn_jax.config import default_config
 from mbn_jax.datasets.standard import standard_dataset
+from mbn_jax.training.config import default_config
 
 
 def get_config():

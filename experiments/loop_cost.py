@@ -18,11 +18,11 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mbn_jax.config import traced_values
-from mbn_jax.config_files import parse_config
-from mbn_jax.parallel import distribute, replicate, split_over_devices
-from mbn_jax.program import Program, Programs
-from mbn_jax.train import train
+from mbn_jax.parallel.devices import distribute, replicate, split_over_devices
+from mbn_jax.training.config import traced_values
+from mbn_jax.training.config_files import parse_config
+from mbn_jax.training.loop import train
+from mbn_jax.training.program import Program, Programs
 
 
 def bare_step(program: Program, config: ConfigDict) -> Callable[[int], tuple[float, float]]:

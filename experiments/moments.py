@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from mbn_jax.statistics import batch_moments
+from mbn_jax.core.moments import batch_moments
 
 SEEDS = 5
 WAYS = {

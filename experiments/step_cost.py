@@ -34,8 +34,8 @@ import numpy as np
 import optax
 
 from mbn_jax import BatchRenorm, MemorizedBatchNorm, TrainState, make_train_step
-from mbn_jax.experiment import classification_loss
 from mbn_jax.models import MODELS
+from mbn_jax.training.task import classification_loss
 
 CLASSES = 10
 

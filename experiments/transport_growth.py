@@ -31,13 +31,14 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 from scipy import stats
 
-from mbn_jax.config import traced_values
-from mbn_jax.config_files import parse_config
-from mbn_jax.diagnostics import statistics_error
-from mbn_jax.parallel import first_device, replicate
-from mbn_jax.program import Program, Programs
-from mbn_jax.recording import BATCH_MOMENTS, FIRST_BATCH_MOMENTS
-from mbn_jax.statistics import Moments, transport
+from mbn_jax.core.moments import Moments
+from mbn_jax.core.records import BATCH_MOMENTS, FIRST_BATCH_MOMENTS
+from mbn_jax.core.transport import transport
+from mbn_jax.parallel.devices import first_device, replicate
+from mbn_jax.training.config import traced_values
+from mbn_jax.training.config_files import parse_config
+from mbn_jax.training.diagnostics import statistics_error
+from mbn_jax.training.program import Program, Programs
 
 AGES = (1, 4, 16, 64, 256)
 STARTS = (300, 700, 1100)  # Steps.

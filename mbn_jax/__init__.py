@@ -1,16 +1,18 @@
 """Memorized Batch Normalization with Double Forward, for JAX and Flax.
 
-The layers, the step and what is done to their statistics, for a model of your own. The experiments
-are in `mbn_jax.train` and on the command line (`mbn-train --help`); nothing here imports them.
+The layers, the training step and functions over their statistics, for a model of your own. The
+framework for experiments is `mbn_jax.training`, and `mbn-train --help` on the command line; nothing
+here imports it.
 """
 
-from mbn_jax.averaged import AveragedBatchNorm
-from mbn_jax.batch_renorm import BatchRenorm
-from mbn_jax.batch_stats import from_batch_norm, to_batch_norm
-from mbn_jax.double_forward import TrainState, make_train_step
-from mbn_jax.norm_inputs import recalibrate
-from mbn_jax.normalization import MemorizedBatchNorm
-from mbn_jax.virtual_batches import VirtualBatches
+from mbn_jax.linen.averaged import AveragedBatchNorm
+from mbn_jax.linen.batch_renorm import BatchRenorm
+from mbn_jax.linen.memorized import MemorizedBatchNorm
+from mbn_jax.linen.virtual_batches import VirtualBatches
+from mbn_jax.statistics.batch_norm import from_batch_norm, to_batch_norm
+from mbn_jax.statistics.recalibration import recalibrate
+from mbn_jax.step.state import TrainState
+from mbn_jax.step.train_step import make_train_step
 
 __version__ = "0.1.0"
 

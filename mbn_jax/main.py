@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 import jax
 from absl import logging
 
-from mbn_jax.config_files import parse_config
 from mbn_jax.errors import UserError
-from mbn_jax.hosts import HEARTBEAT_TIMEOUT, join_hosts
-from mbn_jax.preemption import StoppedError, stop_on_sigterm
+from mbn_jax.parallel.hosts import HEARTBEAT_TIMEOUT, join_hosts
+from mbn_jax.parallel.preemption import StoppedError, stop_on_sigterm
+from mbn_jax.training.config_files import parse_config
 
 EXAMPLE_CONFIG = "configs/digits.py"
 EXAMPLE = f"mbn-train --config={EXAMPLE_CONFIG} --workdir=runs/digits"
@@ -49,8 +49,8 @@ def train_command(argv: Sequence[str]) -> int:
       --config.double_forward=off
   mbn-train --config={EXAMPLE_CONFIG} --workdir=runs/k8 --config.norm.memory_size=8
 
-Every field of mbn_jax/config.py can be set with --config.FIELD=VALUE. In the workdir: config.json,
-metrics.jsonl (one record a line), TensorBoard events, checkpoints/ and curves.png.
+Every field of mbn_jax/training/config.py can be set with --config.FIELD=VALUE. In the workdir:
+config.json, metrics.jsonl (one record a line), TensorBoard events, checkpoints/ and curves.png.
 Exit status: 0 done, {USER_MISTAKE} a mistake in the input or a workdir that cannot be written,
 {DIVERGED} the loss was not finite, {STOPPED} stopped by SIGTERM and saved, or another host is gone:
 run it again, 130 interrupted.""",
@@ -96,8 +96,8 @@ run it again, 130 interrupted.""",
         args.heartbeat_timeout,
     )
 
-    from mbn_jax.divergence import DivergenceError  # Slow to import: TFDS, Orbax.
-    from mbn_jax.train import run_title, train
+    from mbn_jax.training.divergence import DivergenceError  # Slow to import: TFDS, Orbax.
+    from mbn_jax.training.loop import run_title, train
 
     try:
         with stop_on_sigterm() as stop_asked:
@@ -219,7 +219,7 @@ def eval_command(argv: Sequence[str]) -> int:
     if args.recalibrate_batches < 0:
         raise UserError(f"--recalibrate_batches must be 0 or more, got {args.recalibrate_batches}.")
 
-    from mbn_jax.evaluation import evaluate_run
+    from mbn_jax.training.evaluation import evaluate_run
 
     values = evaluate_run(
         _folder(args.workdir), args.split, recalibrate_batches=args.recalibrate_batches

@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from mbn_jax import MemorizedBatchNorm, TrainState, make_train_step
-from mbn_jax.parallel import AXIS_NAME, map_over_devices, replicate
+from mbn_jax.parallel.devices import AXIS_NAME, map_over_devices, replicate
 
 memorized = functools.partial(MemorizedBatchNorm, memory_size=4, decay=0.9)
 

@@ -7,11 +7,11 @@ import sys
 
 import pytest
 
-from mbn_jax.config import default_config
-from mbn_jax.config_files import parse_config
 from mbn_jax.errors import UserError
 from mbn_jax.main import eval_command, train_command
-from mbn_jax.program import Program
+from mbn_jax.training.config import default_config
+from mbn_jax.training.config_files import parse_config
+from mbn_jax.training.program import Program
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIGITS = str(ROOT / "configs" / "digits.py")
@@ -158,7 +158,7 @@ def test_a_broken_config_file_is_named(tmp_path):
 def test_a_config_file_with_a_misspelt_field_is_refused(tmp_path):
     misspelt = tmp_path / "misspelt.py"
     misspelt.write_text(
-        "from mbn_jax.config import default_config\n"
+        "from mbn_jax.training.config import default_config\n"
         "def get_config():\n  config = default_config()\n  config.batchsize = 2\n  return config\n"
     )
     with pytest.raises(

@@ -13,14 +13,14 @@ import jax
 import optuna
 from ml_collections import ConfigDict
 
-from mbn_jax.config_files import call_in_file, override_fields, parse_config
 from mbn_jax.errors import UserError
 from mbn_jax.sweeps import storage as store
 from mbn_jax.sweeps.declaration import Sweep
 from mbn_jax.sweeps.report import write_report
 from mbn_jax.sweeps.results import read_results, write_results
 from mbn_jax.sweeps.runner import Runner
-from mbn_jax.workdir import make_folder
+from mbn_jax.training.config_files import call_in_file, override_fields, parse_config
+from mbn_jax.training.workdir import make_folder
 
 PACKAGES = ("mbn-jax", "jax", "jaxlib", "flax", "optax", "numpy")
 

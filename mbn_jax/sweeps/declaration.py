@@ -10,8 +10,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from mbn_jax.config_files import check_field, with_fields
 from mbn_jax.errors import UserError
+from mbn_jax.training.config_files import check_field, with_fields
 
 RESERVED = ("seed", "step", "last", "outcome", "reason", "end_step", "seconds")
 """Columns of the results that no axis can be called."""

@@ -24,7 +24,7 @@ from mbn_jax.sweeps.results import (
     members,
     summarize,
 )
-from mbn_jax.workdir import replace
+from mbn_jax.training.workdir import replace
 
 HTML = "report.html"
 MARKDOWN = "report.md"

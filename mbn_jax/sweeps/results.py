@@ -11,7 +11,7 @@ import pandas as pd
 import scipy.stats
 
 from mbn_jax.sweeps import storage as store
-from mbn_jax.workdir import replace
+from mbn_jax.training.workdir import replace
 
 CSV = "results.csv"
 PARQUET = "results.parquet"

@@ -18,16 +18,16 @@ from optuna.trial import TrialState
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from mbn_jax import config as config_lib
-from mbn_jax.config_files import with_fields
-from mbn_jax.divergence import DivergenceError
 from mbn_jax.errors import UserError
-from mbn_jax.preemption import StoppedError
-from mbn_jax.program import Programs
-from mbn_jax.reporting import read_metrics
+from mbn_jax.parallel.preemption import StoppedError
 from mbn_jax.sweeps import storage as store
 from mbn_jax.sweeps.declaration import Member, Sweep
-from mbn_jax.train import estimate_seconds, train
+from mbn_jax.training import config as config_lib
+from mbn_jax.training.config_files import with_fields
+from mbn_jax.training.divergence import DivergenceError
+from mbn_jax.training.loop import estimate_seconds, train
+from mbn_jax.training.program import Programs
+from mbn_jax.training.reporting import read_metrics
 
 MEMBERS = "members"
 POLL_SECONDS = 1.0

@@ -20,9 +20,9 @@ import sqlalchemy
 from ml_collections import ConfigDict
 from optuna.trial import FrozenTrial, TrialState
 
-from mbn_jax.config import changes, fields
 from mbn_jax.errors import UserError
 from mbn_jax.sweeps.declaration import Member
+from mbn_jax.training.config import changes, fields
 
 STUDY = "sweep.db"
 LOCK = "lock"

@@ -1,0 +1,108 @@
+"""Batch Renormalization as a drop-in for `flax.linen.BatchNorm`."""
+
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax import lax
+
+from mbn_jax.core.moments import Array, Schedule, value_at
+from mbn_jax.linen.memorized import BatchStatisticsNorm, statistics_with_gradient
+
+
+class BatchRenorm(BatchStatisticsNorm):
+    """Batch normalization corrected towards its moving averages, by a bounded amount.
+
+    With moving averages mu and sigma, batch mean mu_B and deviation sigma_B:
+
+        y = ((x - mu_B) / sigma_B * r + d) * scale + bias
+        r = clip(sigma_B / sigma, 1 / r_max, r_max)     d = clip((mu_B - mu) / sigma, -d_max, d_max)
+
+    r and d are constants to the gradient. The averages then move by 1 - `momentum` towards the
+    batch. Inference normalizes by mu and sigma; a training step does too wherever no limit binds.
+    `batch_stats` holds `mean` and `var` (sigma is averaged, its square is kept, so that the layer's
+    statistics read as those of `flax.linen.BatchNorm`) and `steps`, the batches seen.
+
+    Attributes, beside those of flax's layer:
+      momentum: of the moving averages.
+      r_max: 1 or more, a number or a function of the steps so far; 1 with `d_max` 0 is batch
+        normalization. The default is the paper's schedule, for runs of 100,000 steps and more.
+      d_max: 0 or more; likewise.
+
+    Raises:
+      ValueError: on construction, where an option is impossible.
+
+    References:
+      Ioffe, "Batch Renormalization", arXiv 1702.03275, Algorithm 1 and section 4.
+
+    >>> import jax
+    >>> layer = BatchRenorm(use_running_average=False, r_max=3.0, d_max=5.0)
+    >>> x = jnp.array([[1.0], [3.0]])
+    >>> variables = layer.init(jax.random.key(0), x)
+    >>> y, _ = layer.apply(variables, x, mutable=['batch_stats'])  # Averages: still 0 and 1.
+    >>> [round(float(value), 3) for value in y[:, 0]]
+    [1.0, 3.0]
+    """
+
+    momentum: float = 0.99
+    r_max: Schedule = optax.linear_schedule(1.0, 3.0, 35_000, transition_begin=5_000)
+    d_max: Schedule = optax.linear_schedule(0.0, 5.0, 20_000, transition_begin=5_000)
+
+    def __post_init__(self):
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}.")
+        for name, least in (("r_max", 1), ("d_max", 0)):
+            limit = getattr(self, name)
+            if isinstance(limit, int | float) and limit < least:
+                raise ValueError(f"{name} must be {least} or more, got {limit}.")
+        super().__post_init__()
+
+    @nn.compact
+    def __call__(
+        self,
+        x: Array,
+        use_running_average: bool | None = None,
+        *,
+        mask: Array | None = None,
+    ) -> Array:
+        """Normalizes `x`.
+
+        Args:
+          x: inputs, `[..., features]` or as `axis` says, floating point or complex.
+          use_running_average: as the attribute; give one of the two.
+          mask: boolean, broadcastable to `x`: the elements that count.
+
+        Returns:
+          Array of the shape of `x`.
+        """
+        use_running_average = nn.merge_param(
+            "use_running_average", self.use_running_average, use_running_average
+        )
+        x, axes, feature_axes = self._input(x)
+        shape = tuple(x.shape[i] for i in feature_axes)
+        mean_dtype, var_dtype = self._statistics_dtypes(x.dtype)
+        mean = self.variable("batch_stats", "mean", jnp.zeros, shape, mean_dtype)
+        var = self.variable("batch_stats", "var", jnp.ones, shape, var_dtype)
+        steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
+        if use_running_average:
+            return self._normalize(x, mean.value, var.value, axes, feature_axes)
+        kept_mean = mean.value
+        batch = self._batch_moments(x, axes, mask, kept_mean)
+        used_mean, used_var = statistics_with_gradient(
+            batch,
+            mean.value,
+            var.value,
+            gradient="renorm",
+            epsilon=self.epsilon,
+            r_max=value_at(self.r_max, steps.value),
+            d_max=value_at(self.d_max, steps.value),
+        )
+        if not self.is_initializing():
+            seen, rate = batch.count > 0, 1 - self.momentum
+            sigma = jnp.sqrt(var.value) + rate * (jnp.sqrt(batch.var) - jnp.sqrt(var.value))
+            new_mean = mean.value + rate * (batch.mean - mean.value)
+            new_mean = jnp.where(seen, new_mean, mean.value).astype(mean_dtype)
+            new_var = jnp.where(seen, lax.square(sigma), var.value).astype(var_dtype)
+            mean.value, var.value = lax.stop_gradient((new_mean, new_var))
+            steps.value = steps.value + 1
+        center = kept_mean if self.use_fast_variance else batch.mean
+        return self._normalize(x, used_mean, used_var, axes, feature_axes, center)

@@ -1,0 +1,1 @@
+"""Devices, hosts, and being stopped from outside."""

@@ -1,0 +1,1 @@
+"""What is done to `batch_stats` beside training."""

@@ -1,0 +1,149 @@
+"""To and from networks with `flax.linen.BatchNorm`."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax.numpy as jnp
+
+from mbn_jax.core.batch_stats import (
+    inference_statistics,
+    map_layers,
+    pool_batch_stats,
+    with_moments,
+)
+from mbn_jax.core.moments import Array, Moments, Schedule
+
+PyTree = Any
+
+NAMES = ("MemorizedBatchNorm", "AveragedBatchNorm", "BatchRenorm", "VirtualBatches")
+"""Classes by which flax names the layers that stand where a `BatchNorm` could."""
+
+
+def to_batch_norm(
+    variables: PyTree,
+    *,
+    memory_size: Schedule | None = None,
+    decay: Schedule | None = None,
+    virtual_batches: bool = False,
+) -> PyTree:
+    """Folds trained statistics into variables for the same network with `flax.linen.BatchNorm`.
+
+    Its output at inference is the same: a memory becomes its pooled mean and variance. Layers that
+    flax named by their class are renamed, `MemorizedBatchNorm_0` to `BatchNorm_0`.
+
+    Args:
+      variables: 'params' and 'batch_stats' of the trained network.
+      memory_size: of its layers; must be given where they have memories.
+      decay: of its layers; likewise.
+      virtual_batches: whether its layers are in `VirtualBatches`.
+
+    Returns:
+      The variables for the network with `BatchNorm` of the same `epsilon`.
+
+    Raises:
+      ValueError: where two layers would get one name, or the rule of a memory is missing.
+
+    >>> from mbn_jax import MemorizedBatchNorm
+    >>> stats = {'mean': jnp.array([[1.0], [3.0]]), 'var': jnp.ones((2, 1))}
+    >>> variables = {'batch_stats': {'norm': {**stats, 'count': jnp.ones((2, 1))}}}
+    >>> folded = to_batch_norm(variables, memory_size=2, decay=1.0)['batch_stats']['norm']
+    >>> {name: x.tolist() for name, x in folded.items()}
+    {'mean': [2.0], 'var': [2.0]}
+    """
+
+    def fold(_, stats: PyTree) -> PyTree:
+        stats = pool_batch_stats(stats) if virtual_batches else stats
+        if "count" not in stats:
+            return {"mean": stats["mean"], "var": stats["var"]}
+        if memory_size is None or decay is None:
+            raise ValueError(
+                "A memory is folded by the rule of its layer: give the memory_size and the decay "
+                "that it was built with."
+            )
+        mean, var = inference_statistics(stats, memory_size, decay)
+        return {"mean": mean, "var": var}
+
+    _check_names(variables)
+    batch_stats = map_layers(fold, variables.get("batch_stats", {}))
+    return _named_as_batch_norm({**variables, "batch_stats": batch_stats})
+
+
+def from_batch_norm(batch_norm: PyTree, variables: PyTree) -> PyTree:
+    """Starts a network from a checkpoint of the same one with `flax.linen.BatchNorm`.
+
+    All is taken over as it is, but for the moving averages, which become the first slot of a memory
+    and leave it as newer batches come; in an average they count as one batch. At inference the
+    output is that of the checkpoint.
+
+    Args:
+      batch_norm: 'params' and 'batch_stats' of the checkpoint.
+      variables: what `init` of the new network returned.
+
+    Returns:
+      Variables of the tree of `variables`.
+
+    Raises:
+      ValueError: where the two are not of the same network, naming what differs.
+
+    >>> trained = {'batch_stats': {'norm': {'mean': jnp.array([2.0]), 'var': jnp.array([4.0])}}}
+    >>> empty = {'mean': jnp.zeros((3, 1)), 'var': jnp.ones((3, 1)), 'count': jnp.zeros((3, 1))}
+    >>> started = from_batch_norm(trained, {'batch_stats': {'norm': empty}})
+    >>> started['batch_stats']['norm']['mean'][:, 0].tolist()
+    [2.0, 0.0, 0.0]
+    """
+
+    def renamed(path: tuple[str, ...]) -> str:
+        return "/".join(map(_batch_norm_name, path))
+
+    def contents(tree: PyTree) -> tuple[dict[str, PyTree], dict[str, Array]]:
+        """Returns the statistics of layers and all other arrays, by path."""
+        _check_names(tree)
+        layers, others = {}, {}
+        map_layers(
+            lambda path, stats: layers.update({renamed(path): stats}),
+            tree,
+            lambda path, x: others.update({renamed(path): x}),
+        )
+        return layers, others
+
+    (old_layers, old), (layers, new) = contents(batch_norm), contents(variables)
+    shapes = ({(path, jnp.shape(x)) for path, x in others.items()} for others in (old, new))
+    differing = {path for path, _ in set.symmetric_difference(*shapes)}
+    differing |= set(old_layers) ^ set(layers)
+    if differing:
+        raise ValueError(
+            "The checkpoint must be of the same network with BatchNorm, and differs in "
+            f"{', '.join(sorted(differing)[:5])}{' and more' if len(differing) > 5 else ''}."
+        )
+
+    def start(path: tuple[str, ...], layer_stats: PyTree) -> PyTree:
+        found = old_layers[renamed(path)]
+        mean, var = jnp.asarray(found["mean"]), jnp.asarray(found["var"])
+        return with_moments(layer_stats, Moments(mean, var, jnp.ones_like(var)))
+
+    return map_layers(start, variables, lambda path, _: old[renamed(path)])
+
+
+def _batch_norm_name(name: str) -> str:
+    return re.sub(rf"^({'|'.join(NAMES)})(?=_\d+$)", "BatchNorm", name)
+
+
+def _named_as_batch_norm(tree: PyTree) -> PyTree:
+    """Renames layers; `tree` has passed `_check_names`."""
+    if not isinstance(tree, Mapping):
+        return tree
+    return {_batch_norm_name(name): _named_as_batch_norm(child) for name, child in tree.items()}
+
+
+def _check_names(tree: PyTree) -> None:
+    """Raises ValueError where two layers would get one name."""
+    if not isinstance(tree, Mapping):
+        return
+    if len(set(map(_batch_norm_name, tree))) < len(tree):
+        raise ValueError(
+            f"Renamed to BatchNorm, two layers of {sorted(tree)} would have one name; give the "
+            "normalization layers of the network names of their own."
+        )
+    for child in tree.values():
+        _check_names(child)

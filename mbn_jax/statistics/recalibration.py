@@ -1,0 +1,171 @@
+"""What goes into the normalization layers of any model: recorded, and made their statistics."""
+
+import contextlib
+import re
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from mbn_jax.core.batch_stats import map_layers, with_moments
+from mbn_jax.core.moments import Array, AxisName, Moments, batch_moments, pool_groups
+from mbn_jax.linen.memorized import BatchStatisticsNorm, canonical_axes
+from mbn_jax.linen.virtual_batches import VirtualBatches
+
+PyTree = Any
+
+LAYERS_WITH_STATISTICS = (BatchStatisticsNorm, nn.BatchNorm, VirtualBatches)
+"""Classes of the layers whose `batch_stats` can be recalibrated."""
+
+
+@contextlib.contextmanager
+def record_norm_inputs(
+    layer_types: tuple[type[nn.Module], ...],
+    layers: str = "",
+    *,
+    mask: Array | None = None,
+    axis_name: AxisName | None = None,
+    normalize_by_them: bool = False,
+) -> Iterator[dict[str, Moments]]:
+    """Records the moments of what goes into the normalization layers of any model.
+
+    Args:
+      layer_types: the classes that are normalization layers.
+      layers: regular expression; a layer counts whose path has a match of it.
+      mask: bool `[batch]`, the examples that count.
+      axis_name: named axis over which the batch is spread.
+      normalize_by_them: first make them the layer's statistics, in place of those that it was
+        given; for a model at inference, with `batch_stats` mutable.
+
+    Yields:
+      A dict of `Moments` by the layer's path, that `model.apply` within the block fills; the inputs
+      of a layer that is called twice are pooled.
+    """
+    recorded: dict[str, Moments] = {}
+    wanted = re.compile(layers)
+    is_inside = False
+
+    def interceptor(call, args, kwargs, context):
+        nonlocal is_inside
+        module = context.module
+        path = "/".join(module.path)
+        if (
+            is_inside  # Of a layer that is made of layers.
+            or context.method_name != "__call__"
+            or not isinstance(module, layer_types)
+            or not wanted.search(path)
+        ):
+            return call(*args, **kwargs)
+        x = args[0] if args else kwargs["x"]
+        moments = _input_moments(module, x, mask, axis_name, kwargs.get("mask"))
+        if path in recorded:
+            moments = _pool_two(recorded[path], moments)
+        recorded[path] = moments
+        if normalize_by_them:
+            stats = module.variables["batch_stats"]
+            for name, value in with_moments(stats, moments).items():
+                module.put_variable("batch_stats", name, value)
+        is_inside = True
+        try:
+            return call(*args, **kwargs)
+        finally:
+            is_inside = False
+
+    with nn.intercept_methods(interceptor):
+        yield recorded
+
+
+def _input_moments(
+    module: nn.Module,
+    x: Array,
+    examples: Array | None,
+    axis_name: AxisName | None,
+    mask: Array | None,
+) -> Moments:
+    """Returns the moments of a layer's input, exactly: in two passes."""
+    axis = getattr(module, "axis", -1)
+    if isinstance(module, VirtualBatches):  # Of the layer that it makes.
+        axis = getattr(module.norm, "keywords", {}).get("axis", -1)
+    features = canonical_axes(x.ndim, axis)
+    axes = tuple(i for i in range(x.ndim) if i not in features)
+    if examples is not None:
+        examples = examples.reshape(-1, *(1,) * (x.ndim - 1))
+        mask = examples if mask is None else mask & examples
+    return batch_moments(x, axes, mask=mask, axis_name=axis_name, use_fast_variance=False)
+
+
+def add_moments(totals: dict[str, Moments], recorded: dict[str, Moments]) -> dict[str, Moments]:
+    """Pools two batches' moments, layer by layer; `totals` may be empty."""
+    if not totals:
+        return recorded
+    return {layer: _pool_two(totals[layer], moments) for layer, moments in recorded.items()}
+
+
+def _pool_two(one: Moments, other: Moments) -> Moments:
+    return pool_groups(jax.tree.map(lambda *x: jnp.stack(x), one, other))
+
+
+def recalibrated(batch_stats: PyTree, moments: dict[str, Moments]) -> PyTree:
+    """Returns `batch_stats` with the statistics of the layers in `moments` replaced, by path."""
+
+    def replaced(path: tuple[str, ...], stats: PyTree) -> PyTree:
+        found = moments.get("/".join(path))
+        return stats if found is None else with_moments(stats, found)
+
+    return map_layers(replaced, batch_stats)
+
+
+def recalibrate(apply: Callable[..., Any], variables: PyTree, batches: Iterable[PyTree]) -> PyTree:
+    """Computes the statistics of every layer anew over batches, with the parameters as they are.
+
+    Each batch goes forward with every layer normalizing by the statistics of that batch, and the
+    moments of the layers' inputs are pooled over the batches by the law of total variance. It tells
+    how good the parameters are when their statistics are not at fault, and it must follow wherever
+    parameters were changed without training, by averaging them for example. Use large batches of
+    shuffled examples: each stands for the population. Layers that the model does not call keep what
+    they have; those inside `nn.scan`, `nn.vmap` or `nn.remat` cannot be seen, and JAX raises an
+    error.
+
+    Args:
+      apply: `apply(variables, batch, **options)` runs the model at inference:
+        `lambda variables, batch, **options: model.apply(variables, batch['x'], False, **options)`.
+      variables: 'params' and 'batch_stats'.
+      batches: one or more, as `apply` takes them; one compilation for each shape.
+
+    Returns:
+      The new `batch_stats`: one batch in a memory, or the averages.
+
+    Raises:
+      ValueError: without batches, or where no layer keeps statistics.
+
+    References:
+      Wu and Johnson, "Rethinking 'Batch' in BatchNorm" (arXiv 2105.07576), section 3: PreciseBN.
+
+    >>> layer = nn.BatchNorm(use_running_average=True, use_scale=False, use_bias=False)
+    >>> batches = [jnp.array([[0.0], [2.0]]), jnp.array([[4.0], [6.0]])]
+    >>> variables = layer.init(jax.random.key(0), batches[0])
+    >>> stats = recalibrate(layer.apply, variables, batches)
+    >>> {name: x.tolist() for name, x in stats.items()}
+    {'mean': [3.0], 'var': [5.0]}
+    """
+    if not variables.get("batch_stats"):
+        raise ValueError("There is nothing to recalibrate: the variables have no 'batch_stats'.")
+
+    @jax.jit
+    def add_batch(totals: dict[str, Moments], variables: PyTree, batch: PyTree):
+        with record_norm_inputs(LAYERS_WITH_STATISTICS, normalize_by_them=True) as recorded:
+            apply(variables, batch, mutable=["batch_stats"])
+        return add_moments(totals, recorded)
+
+    totals: dict[str, Moments] = {}
+    count = 0
+    for count, batch in enumerate(batches, start=1):  # noqa: B007
+        totals = add_batch(totals, variables, batch)
+    if not totals:
+        raise ValueError(
+            "Statistics are computed from one batch or more, by a model that calls BatchNorm or a "
+            f"layer of mbn_jax; got {count} batches, and no such call."
+        )
+    return recalibrated(variables["batch_stats"], totals)

@@ -1,0 +1,1 @@
+"""The training step with Double Forward."""

@@ -1,0 +1,1 @@
+"""The framework: from a configuration and a folder to a trained network."""

@@ -1,0 +1,72 @@
+"""Evaluation of a run that is on disk."""
+
+import pathlib
+
+import jax
+from ml_collections import ConfigDict
+
+from mbn_jax.errors import UserError
+from mbn_jax.parallel.devices import Devices, first_device
+from mbn_jax.training.checkpoints import Checkpoints
+from mbn_jax.training.config import validate_devices
+from mbn_jax.training.program import Programs
+from mbn_jax.training.task import load_dataset_split
+from mbn_jax.training.workdir import CHECKPOINTS, check_checkpoint, load_config
+
+
+def evaluate_run(
+    workdir: pathlib.Path, split: str | None = None, *, recalibrate_batches: int = 0
+) -> dict[str, float | str]:
+    """Evaluates the newest sound checkpoint of a run on any split.
+
+    Args:
+      workdir: of the run.
+      split: TFDS split; default: the run's test split.
+      recalibrate_batches: by the statistics of so many batches of training examples, instead of
+        those of the run; 0: those of the run.
+
+    Returns:
+      'step', 'split', 'loss' and 'error'.
+
+    Raises:
+      UserError: where there is no run or no sound checkpoint, or its config is another.
+    """
+    config = load_config(workdir)
+    program = Programs(_devices_that_fit(config)).get(config)
+    experiment = program.experiment
+    checkpoints = Checkpoints(workdir / CHECKPOINTS)
+    try:
+        state = checkpoints.restore(
+            program.initial_state(config),
+            local_statistics=experiment.local_statistics,
+            devices=program.devices,
+        )
+        noted = checkpoints.notes.get("config")
+    finally:
+        checkpoints.close()
+    check_checkpoint(config, noted, workdir)
+    if state is None:
+        raise UserError(f"{workdir} has no sound checkpoint to evaluate.")
+    if recalibrate_batches:
+        if not state.batch_stats:
+            raise UserError(
+                f"The network of {workdir} keeps no statistics (norm {config.norm.name!r}), there "
+                "is nothing to recalibrate; leave recalibrate_batches out."
+            )
+        state = program.recalibrate(config, state, recalibrate_batches)
+    evaluated = load_dataset_split(config, split) if split else experiment.test
+    values = program.evaluate(config, state, evaluated)
+    return {"step": int(first_device(state.step)), "split": evaluated.name, **values}
+
+
+def _devices_that_fit(config: ConfigDict) -> Devices:
+    """Returns all devices, or as many of this host's as the run could have been made on."""
+    counts = range(jax.local_device_count(), 0, -1)
+    for count in (jax.device_count(), *counts):
+        try:
+            validate_devices(config, count)
+        except UserError:
+            continue
+        return None if count == jax.device_count() else jax.local_devices()[:count]
+    validate_devices(config, jax.device_count())
+    return None

@@ -1,0 +1,110 @@
+"""Networks: as large as published, blind to their norm, computing in the dtype asked for."""
+
+import functools
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+from mbn_jax import MemorizedBatchNorm
+from mbn_jax.models import MODELS, build_model
+from mbn_jax.training.config import default_config
+from mbn_jax.training.norms import LAYERS, NORMS, build_norm
+
+
+def variables_of(model, size, channels=3):
+    images = jax.ShapeDtypeStruct((1, size, size, channels), jnp.float32)
+    init = functools.partial(model.init, train=False)
+    return jax.eval_shape(init, jax.random.key(0), images)
+
+
+# Parameters: He et al. 2016, table 6 (0.27 M, 0.46 M, 0.66 M, 0.85 M, 1.7 M); the ImageNet ones
+# (11.69 M, 21.80 M, 25.56 M) and VGG-16 with norms and one classifier layer as torchvision counts.
+@pytest.mark.parametrize(
+    ("name", "size", "classes", "params"),
+    [
+        ("cifar_resnet20", 32, 10, 269_722),
+        ("cifar_resnet32", 32, 10, 464_154),
+        ("cifar_resnet44", 32, 10, 658_586),
+        ("cifar_resnet56", 32, 10, 853_018),
+        ("cifar_resnet110", 32, 10, 1_727_962),
+        ("resnet18", 224, 1000, 11_689_512),
+        ("resnet34", 224, 1000, 21_797_672),
+        ("resnet50", 224, 1000, 25_557_032),
+        # Without the biases of the convolutions, which the norms make idle.
+        ("vgg16", 32, 10, 14_728_266 - 4_224),
+    ],
+)
+def test_parameters_are_those_published(name, size, classes, params):
+    config = default_config()
+    config.model.name = name
+    variables = variables_of(build_model(config, num_classes=classes, norm=nn.BatchNorm), size)
+    assert sum(x.size for x in jax.tree.leaves(variables["params"])) == params
+
+
+ONE_OF_EACH_KIND = ("convnet", "cifar_resnet8", "resnet18", "resnet50", "vgg16")
+
+
+@pytest.mark.parametrize(
+    ("name", "norm"),
+    [
+        *itertools.product(ONE_OF_EACH_KIND, NORMS),
+        *((name, "memorized") for name in MODELS if name not in ONE_OF_EACH_KIND),
+    ],
+)
+def test_every_network_takes_every_norm(name, norm):
+    config = default_config()
+    config.model.name, config.norm.name, config.norm.sync = name, norm, "local"
+    config.model.dtype = "bfloat16"
+    config.model.zero_init_last_scale = True
+    model = build_model(config, num_classes=7, norm=build_norm(config, 1, 100))
+    variables = variables_of(model, 32)
+    seen = []
+
+    def spy(call, args, kwargs, context):
+        if isinstance(context.module, LAYERS) and context.method_name == "__call__":
+            seen.append(args[0].dtype)
+        return call(*args, **kwargs)
+
+    def forward(variables, images):
+        with nn.intercept_methods(spy):
+            return model.apply(variables, images, train=True, mutable=["batch_stats"])
+
+    images = jax.ShapeDtypeStruct((2, 32, 32, 3), jnp.float32)
+    logits, updates = jax.eval_shape(forward, variables, images)
+    assert (logits.shape, logits.dtype) == ((2, 7), jnp.float32)
+    assert set(seen) == {jnp.dtype("bfloat16")}
+    kept = [x.dtype for x in jax.tree.leaves((variables["params"], updates))]
+    assert {d for d in kept if jnp.issubdtype(d, jnp.inexact)} == {jnp.dtype("float32")}
+    # No network knows its norm: as many layers, whichever it is.
+    config.norm.name = "none"
+    plain = build_model(config, num_classes=7, norm=build_norm(config, 1, 100))
+    count = len(jax.tree.leaves(variables_of(plain, 32)["params"]))
+    assert count == len(jax.tree.leaves(variables["params"]))
+
+
+@pytest.mark.parametrize("name", ["cifar_resnet8", "resnet18", "resnet50"])
+def test_with_the_last_scale_at_zero_a_block_starts_as_its_shortcut(name):
+    config = default_config()
+    config.model.name = name
+    config.model.zero_init_last_scale = True
+    norm = functools.partial(MemorizedBatchNorm, memory_size=2)
+    model = build_model(config, num_classes=3, norm=norm)
+    images = jnp.ones((2, 32, 32, 3))
+    variables = model.init(jax.random.key(0), images, train=False)
+    _, intermediates = model.apply(variables, images, train=False, capture_intermediates=True)
+    blocks = {k: v for k, v in intermediates["intermediates"].items() if "Block" in k}
+    first = blocks[min(blocks)]
+    last = max(k for k in first if k.startswith("MemorizedBatchNorm") and k[-1] in "12")
+    scales = [
+        layer["scale"]
+        for block, layers in variables["params"].items()
+        if "Block" in block
+        for name_, layer in layers.items()
+        if name_ == ("MemorizedBatchNorm_1" if "Basic" in block else "MemorizedBatchNorm_2")
+    ]
+    assert len(scales) == sum(model.stage_sizes)
+    assert all((scale == 0).all() for scale in scales)
+    assert (first[last]["__call__"][0] == 0).all()
