@@ -5,7 +5,7 @@ framework for experiments is `mbn_jax.training`, and `mbn-train --help` on the c
 here imports it.
 """
 
-from mbn_jax.linen.averaged import AveragedBatchNorm
+from mbn_jax.core.batch_stats import pool_batch_stats
 from mbn_jax.linen.batch_renorm import BatchRenorm
 from mbn_jax.linen.memorized import MemorizedBatchNorm
 from mbn_jax.linen.virtual_batches import VirtualBatches
@@ -17,13 +17,13 @@ from mbn_jax.step.train_step import make_train_step
 __version__ = "0.1.0"
 
 __all__ = [
-    "AveragedBatchNorm",
     "BatchRenorm",
     "MemorizedBatchNorm",
     "TrainState",
     "VirtualBatches",
     "from_batch_norm",
     "make_train_step",
+    "pool_batch_stats",
     "recalibrate",
     "to_batch_norm",
 ]

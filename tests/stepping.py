@@ -12,6 +12,7 @@ from mbn_jax import MemorizedBatchNorm, TrainState, make_train_step
 from mbn_jax.parallel.devices import AXIS_NAME, map_over_devices, replicate
 
 memorized = functools.partial(MemorizedBatchNorm, memory_size=4, decay=0.9)
+endless = functools.partial(MemorizedBatchNorm, memory_size=None)
 
 
 class Net(nn.Module):

@@ -1,19 +1,68 @@
-"""What can be done to a `batch_stats` collection beside training: read, pool, fill and fold it.
+"""What layers keep in a `batch_stats` collection: how it is laid out, pooled, read and filled.
 
-Works on the collections of `MemorizedBatchNorm`, `BatchRenorm` and `flax.linen.BatchNorm`, alone or
-in `VirtualBatches`.
+Works on the statistics of `MemorizedBatchNorm`, `BatchRenorm` and `flax.linen.BatchNorm`, alone, in
+`VirtualBatches`, and stacked by `nn.scan` and `nn.vmap`. A layer is known by what it records of
+itself: `rule` (a memory), `steps` (`BatchRenorm`), `groups` (`VirtualBatches`).
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from mbn_jax.core.memory import Slots, memory_rule
-from mbn_jax.core.moments import Array, Moments, Schedule, pool_groups
+from mbn_jax.core.memory import Slots
+from mbn_jax.core.moments import Array, Moments, pool_groups
 
 PyTree = Any
+
+
+class Layout(NamedTuple):
+    """How the arrays of one layer are laid out: `[*stacked, groups, slots, *features]`.
+
+    Attributes:
+      kind: 'slots', 'endless' (a memory without end) or 'averages'.
+      stacked: number of leading axes that `nn.scan` and `nn.vmap` added; None: not recorded, as of
+        a plain `flax.linen.BatchNorm`.
+      has_groups: whether an axis of virtual batches follows.
+      feature_rank: number of feature axes; None where `stacked` is.
+    """
+
+    kind: str
+    stacked: int | None
+    has_groups: bool
+    feature_rank: int | None
+
+
+def layout_of(layer_stats: Mapping[str, Array]) -> Layout:
+    """Returns the layout of what one layer keeps.
+
+    Raises:
+      ValueError: for a memory that does not record its rule.
+
+    >>> slots = jnp.zeros((3, 8, 2))
+    >>> stats = {'mean': slots, 'var': slots, 'count': slots, 'rule': jnp.ones((3, 2))}
+    >>> layout_of(stats)
+    Layout(kind='slots', stacked=1, has_groups=False, feature_rank=1)
+    """
+    kinds = {"count": "slots", "weight": "endless"}
+    kind = next((kinds[name] for name in kinds if name in layer_stats), "averages")
+    has_groups = "groups" in layer_stats
+    if kind != "averages":
+        if "rule" not in layer_stats:
+            raise ValueError(
+                "The statistics of a memory need its 'rule' (memory size and decay), which every "
+                "MemorizedBatchNorm records; got only " + ", ".join(sorted(layer_stats)) + "."
+            )
+        leading = jnp.ndim(layer_stats["rule"]) - 1
+    elif "steps" in layer_stats:
+        leading = jnp.ndim(layer_stats["steps"])
+    elif has_groups:
+        leading = jnp.ndim(layer_stats["groups"])
+    else:
+        return Layout(kind, None, False, None)
+    feature_rank = jnp.ndim(layer_stats["mean"]) - leading - (kind == "slots")
+    return Layout(kind, leading - has_groups, has_groups, feature_rank)
 
 
 def layers_with_statistics(batch_stats: PyTree) -> dict[str, PyTree]:
@@ -40,9 +89,9 @@ def map_layers(
     """Returns `batch_stats` with `function(path, statistics)` in place of each layer's.
 
     Args:
-      function: of the names that lead to a layer, and of what it keeps.
+      function: takes the names that lead to a layer, and what the layer keeps.
       batch_stats: nested dicts.
-      others: of the names that lead to an array that belongs to no such layer, and of it.
+      others: takes the names that lead to an array that belongs to no such layer, and the array.
 
     >>> map_layers(lambda path, stats: stats['mean'], {'a': {'norm': {'mean': 0, 'var': 1}}})
     {'a': {'norm': 0}}
@@ -58,33 +107,37 @@ def map_layers(
     return visit((), batch_stats)
 
 
-def inference_statistics(
-    layer_stats: PyTree, memory_size: Schedule, decay: Schedule
-) -> tuple[Array, Array]:
-    """Returns (mean, var) that one layer normalizes by at inference.
+def inference_statistics(layer_stats: PyTree) -> tuple[Array, Array]:
+    """Returns (mean, var) that one layer normalizes by at inference, `[*stacked, *F]`.
 
     Args:
-      layer_stats: what the layer keeps in `batch_stats`: a memory, or moving averages.
-      memory_size: of a memory.
-      decay: of a memory.
+      layer_stats: what the layer keeps in `batch_stats`. A memory is pooled by the rule of its last
+        training call, virtual batches are pooled into one.
     """
+    layout = layout_of(layer_stats)
+    if layout.has_groups:
+        layer_stats = _pool_layer(layer_stats, axis=layout.stacked or 0)
     mean, var = layer_stats["mean"], layer_stats["var"]
-    if "count" not in layer_stats:
+    if layout.kind != "slots":
         return mean, var
-    slots = Moments(mean, var, layer_stats["count"])
-    last = jnp.maximum(layer_stats.get("steps", 0) - 1, 0)
-    mean, var, _ = Slots(*memory_rule(memory_size, decay, last)).pooled(slots)
-    return mean, var
+
+    def pooled(mean: Array, var: Array, count: Array, rule: Array) -> tuple[Array, Array]:
+        pool = Slots(rule[0], rule[1]).pooled(Moments(mean, var, count))
+        return pool.mean, pool.var
+
+    for _ in range(layout.stacked or 0):
+        pooled = jax.vmap(pooled)
+    return pooled(mean, var, layer_stats["count"], jnp.asarray(layer_stats["rule"]))
 
 
 def pool_batch_stats(batch_stats: PyTree) -> PyTree:
-    """Pools statistics that devices, or virtual batches, keep for themselves into those of all.
+    """Pools the statistics of groups, such as devices, into those of all their batches.
 
     By the law of total variance, wherever a layer keeps a `mean` beside a `var`: weighted by its
     `count` or `weight` if it has one (a memory, slot by slot), else equally. An average of
-    variances would lose the spread between the groups. Counts are of examples and add up. Other
-    floating-point arrays are averaged, a `weight` (in batches, of which each group saw a part) too;
-    integers, such as counters, are the first group's, for an average would turn them into floats.
+    variances would lose the spread between the groups. Counts are of examples and add up. A
+    `weight` is in batches, of which each group saw a part, and is averaged. Other floating-point
+    arrays are averaged too; integers, such as counters, and rules are the first group's.
 
     Args:
       batch_stats: nested dicts of arrays `[groups, ...]`.
@@ -96,44 +149,80 @@ def pool_batch_stats(batch_stats: PyTree) -> PyTree:
     >>> {name: float(x[0]) for name, x in pool_batch_stats(stats).items()}
     {'mean': 1.0, 'var': 2.0}
     """
+    return map_layers(
+        lambda _, stats: _pool_layer(stats, axis=0), batch_stats, lambda _, x: _average(x)
+    )
 
-    def average(x: Array) -> Array:
-        return x.mean(0) if jnp.issubdtype(x.dtype, jnp.inexact) else x[0]
 
-    def pool_layer(_, stats: PyTree) -> PyTree:
-        mean, var = stats["mean"], stats["var"]
-        count = stats.get("count", stats.get("weight", jnp.ones_like(var)))
-        pooled = pool_groups(Moments(*map(jnp.asarray, (mean, var, count))))._asdict()
-        pooled["weight"] = pooled["count"] / len(mean)
-        return {
-            name: pooled[name] if name in pooled else jax.tree.map(average, value)
-            for name, value in stats.items()
-        }
+def _average(x: Array) -> Array:
+    return x.mean(0) if jnp.issubdtype(x.dtype, jnp.inexact) else x[0]
 
-    return map_layers(pool_layer, batch_stats, lambda _, x: average(x))
+
+def _pool_layer(stats: PyTree, *, axis: int) -> PyTree:
+    """Pools what one layer keeps over an axis of groups."""
+    stats = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), dict(stats))
+    mean, var = stats["mean"], stats["var"]
+    count = stats.get("count", stats.get("weight", jnp.ones_like(var)))
+    pooled = pool_groups(Moments(*map(jnp.asarray, (mean, var, count))))._asdict()
+    pooled["weight"] = pooled["count"] / len(mean)
+    if "rule" in stats:
+        pooled["rule"] = stats["rule"][0]
+    return {
+        name: pooled[name] if name in pooled else jax.tree.map(_average, value)
+        for name, value in stats.items()
+    }
+
+
+def moments_shape(layer_stats: PyTree) -> tuple[int, ...]:
+    """Returns the shape of a batch's moments for one layer, `[*stacked, *F]`."""
+    layout, shape = layout_of(layer_stats), list(jnp.shape(layer_stats["mean"]))
+    if layout.kind == "slots":
+        del shape[(layout.stacked or 0) + layout.has_groups]
+    if layout.has_groups:
+        del shape[layout.stacked or 0]
+    return tuple(shape)
 
 
 def with_moments(layer_stats: PyTree, moments: Moments) -> PyTree:
     """Returns a layer's statistics as if it had seen one batch, and nothing else.
 
     Args:
-      layer_stats: what the layer keeps in `batch_stats`, with or without leading axes of groups.
-      moments: of the batch, `[*F]`; in a memory they are the newest slot, and the only one.
+      layer_stats: what the layer keeps in `batch_stats`.
+      moments: of the batch, `[*F]` or `[*stacked, *F]`; each stacked layer and each virtual batch
+        without moments of its own gets the same.
 
-    >>> stats = {'mean': jnp.zeros((2, 1)), 'var': jnp.ones((2, 1)), 'count': jnp.zeros((2, 1))}
+    Returns:
+      The new statistics: the newest slot of a memory and the only one, or the averages.
+
+    >>> from mbn_jax import MemorizedBatchNorm
+    >>> layer = MemorizedBatchNorm(memory_size=2, use_running_average=True)
+    >>> stats = layer.init(jax.random.key(0), jnp.zeros((1, 1)))['batch_stats']
     >>> batch = Moments(jnp.array([3.0]), jnp.array([4.0]), jnp.array([8.0]))
-    >>> {name: x[:, 0].tolist() for name, x in with_moments(stats, batch).items()}
+    >>> filled = with_moments(stats, batch)
+    >>> {name: filled[name][:, 0].tolist() for name in ('mean', 'var', 'count')}
     {'mean': [3.0, 0.0], 'var': [4.0, 0.0], 'count': [8.0, 0.0]}
     """
-    # An average weighs by batches.
+    layout = layout_of(layer_stats)
+    # A memory without end weighs by batches.
     moments_by_name = {**moments._asdict(), "weight": (moments.count > 0).astype(jnp.float32)}
 
     def filled(name: str, value: Array) -> Array:
         new = moments_by_name[name].astype(value.dtype)
-        if "count" not in layer_stats:
-            return jnp.broadcast_to(new, value.shape)
-        newest = (..., 0, *(slice(None),) * new.ndim)
-        return jnp.zeros_like(value).at[newest].set(new)
+        slots = layout.kind == "slots"
+        shape = value.shape
+        if layout.feature_rank is not None:
+            leading = new.ndim - layout.feature_rank
+            missing = value.ndim - slots - new.ndim
+            new = jnp.expand_dims(new, tuple(range(leading, leading + missing)))
+        if not slots:
+            return jnp.broadcast_to(new, shape)
+        axis = value.ndim - layout.feature_rank - 1
+        newest = (*(slice(None),) * axis, 0)
+        return (
+            jnp.zeros_like(value)
+            .at[newest]
+            .set(jnp.broadcast_to(new, shape[:axis] + shape[axis + 1 :]))
+        )
 
     return {
         name: filled(name, jnp.asarray(value)) if name in moments_by_name else value

@@ -1,7 +1,8 @@
-"""The memory of batch moments: what is kept, what is pushed, and the pool that is read from it.
+"""The memory of batch moments: how batches enter it, how it is pooled, how an update moves it.
 
-Pure functions on arrays, with shapes as in `mbn_jax.core.moments`: `F` for the features, `k` for
-the slots.
+Pure functions on arrays. `F` is the feature shape, `k` the number of slots. Two kinds of memory
+share one interface: `Slots` keeps each of the last batches, `Endless` keeps the pool of all
+batches.
 """
 
 import dataclasses
@@ -10,6 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from mbn_jax.core.moments import Array, Moments, Schedule, abs_sq, is_usable, select, value_at
+from mbn_jax.core.transport import transport
 
 
 def memory_weights(
@@ -41,14 +43,14 @@ def memory_weights(
     return jnp.where((count > 0) & in_use, weight, 0)
 
 
-def memory_rule(memory_size: Schedule, decay: Schedule, step: Array) -> tuple[Any, Any]:
-    """Returns memory size and decay at a step; a size below 1 would be no normalization.
+def rule_at(memory_size: Schedule | None, decay: Schedule, step: Array) -> tuple[Any, Any]:
+    """Returns memory size and decay at a step; a scheduled size is at least 1.
 
-    >>> size, decay = memory_rule(lambda step: step / 10, 0.5, jnp.array(3))
+    >>> size, decay = rule_at(lambda step: step / 10, 0.5, jnp.array(3))
     >>> float(size), decay
     (1.0, 0.5)
     """
-    size = value_at(memory_size, step)
+    size = memory_size if memory_size is None else value_at(memory_size, step)
     return jnp.maximum(size, 1) if callable(memory_size) else size, value_at(decay, step)
 
 
@@ -148,11 +150,13 @@ def pool_of_two(first: Moments, second: Moments) -> Moments:
 
 @dataclasses.dataclass(frozen=True)
 class Slots:
-    """The rule of a memory that keeps each of the last batches in a slot, newest first.
+    """A memory that keeps each of the last batches in a slot, newest first.
+
+    Its moments are `[k, *F]`; `count` is the number of elements behind a slot, 0 = empty.
 
     Attributes:
       memory_size: batches in the pool, the current one included; a number or a traced value.
-      decay: weight of a slot against the next newer one; likewise.
+      decay: weight of a slot relative to the next newer one; likewise.
     """
 
     memory_size: int | Array
@@ -162,13 +166,16 @@ class Slots:
         """Returns the pool, `[*F]`."""
         return pool(slots, memory_weights(slots.count, self.memory_size, self.decay))
 
-    def remaining(self, slots: Moments) -> Moments:
-        """Returns the pool of what stays beside a new batch, against whose weight 1 it counts."""
+    def without_oldest(self, slots: Moments) -> Moments:
+        """Returns the pool of the slots that stay when a batch is pushed, `[*F]`.
+
+        Its `count` is their weight relative to that batch, whose weight is 1.
+        """
         weights = memory_weights(slots.count, self.memory_size, self.decay, newest_age=1)
         return pool(slots, weights)
 
-    def leaving(self, slots: Moments) -> Moments:
-        """Returns what a new batch drives out of the pool, weighed as `remaining` is."""
+    def oldest(self, slots: Moments) -> Moments:
+        """Returns the slot that leaves the pool when a batch is pushed, weighed likewise."""
         size = jnp.asarray(jnp.ceil(self.memory_size), jnp.int32)
         oldest = jnp.minimum(size, slots.count.shape[0]) - 1
         slot = Moments(*(value[oldest] for value in slots))
@@ -176,36 +183,83 @@ class Slots:
         return slot._replace(count=jnp.where(slot.count > 0, weight, 0))
 
     def pushed(self, slots: Moments, batch: Moments) -> Moments:
-        """Returns the memory with a batch in front."""
+        """Returns the memory after `batch` is pushed."""
         return push(slots, batch)
+
+    def transported(
+        self, slots: Moments, before: Moments, after: Moments, epsilon: float, call: int, calls: int
+    ) -> Moments:
+        """Returns the memory after the shift of one call's batch has moved it.
+
+        Args:
+          slots: the memory, in which the earlier calls of this forward have pushed their batches.
+          before: moments of the batch before the update, `[*F]`.
+          after: moments of the same batch after the update, `[*F]`.
+          epsilon: added to variances.
+          call: which call of the layer in this forward this is, from 0.
+          calls: number of calls in one forward; the slots of each call move by its own shift.
+        """
+        moved = transport(slots, before, after, epsilon)
+        if calls == 1:
+            return moved
+        age = jnp.arange(slots.mean.shape[0]) - call
+        own = (age >= 0) & (age % calls == calls - 1 - call)
+        return select(own.reshape((-1,) + (1,) * before.mean.ndim), moved, slots)
 
 
 @dataclasses.dataclass(frozen=True)
-class Average:
-    """The rule of a memory that keeps the pool of all batches alone, with its weight as `count`.
+class Endless:
+    """A memory that keeps the pool of all batches, each `decay` times the weight of the next newer.
+
+    Its moments are `[*F]`; `count` is the weight of all batches, in units of the newest.
 
     Attributes:
-      decay: weight of a batch against the next newer one; a number or a traced value.
+      decay: a number or a traced value.
     """
 
     decay: float | Array
 
-    def pooled(self, average: Moments) -> Moments:
+    def pooled(self, memory: Moments) -> Moments:
         """Returns the pool, `[*F]`."""
-        return average
+        return memory
 
-    def remaining(self, average: Moments) -> Moments:
-        """Returns the pool of what stays beside a new batch, against whose weight 1 it counts."""
-        return average._replace(count=self.decay * average.count)
+    def without_oldest(self, memory: Moments) -> Moments:
+        """Returns the pool that stays when a batch is pushed, `[*F]`: all of it.
 
-    def leaving(self, average: Moments) -> Moments:
-        """Returns what a new batch drives out of the pool: nothing."""
-        return average._replace(count=jnp.zeros_like(average.count))
+        Its `count` is its weight relative to that batch, whose weight is 1.
+        """
+        return memory._replace(count=self.decay * memory.count)
 
-    def pushed(self, average: Moments, batch: Moments) -> Moments:
-        """Returns the average with a batch in it, where the batch is usable."""
+    def oldest(self, memory: Moments) -> Moments:
+        """Returns what leaves the pool when a batch is pushed: nothing, of count 0."""
+        return memory._replace(count=jnp.zeros_like(memory.count))
+
+    def pushed(self, memory: Moments, batch: Moments) -> Moments:
+        """Returns the memory after `batch` is pushed; an unusable batch changes nothing."""
         usable = is_usable(batch)
-        batch = batch._replace(count=jnp.ones_like(average.count))
-        new = pool_of_two(self.remaining(average), batch)
-        kept = select(usable, new, average)
-        return Moments(*(x.astype(old.dtype) for x, old in zip(kept, average, strict=True)))
+        batch = batch._replace(count=jnp.ones_like(memory.count))
+        new = pool_of_two(self.without_oldest(memory), batch)
+        kept = select(usable, new, memory)
+        return Moments(*(x.astype(old.dtype) for x, old in zip(kept, memory, strict=True)))
+
+    def transported(
+        self,
+        memory: Moments,
+        before: Moments,
+        after: Moments,
+        epsilon: float,
+        call: int,
+        calls: int,
+    ) -> Moments:
+        """Returns the memory after a batch's shift has moved it; as for `Slots`.
+
+        Raises:
+          ValueError: for several calls in one forward, which one pool cannot tell apart.
+        """
+        if calls > 1:
+            raise ValueError(
+                f"A memory without end (memory_size=None) cannot tell the {calls} calls of its "
+                "layer in one forward apart, and so cannot move; use double_forward='rewrite', or "
+                "a memory_size."
+            )
+        return transport(memory, before, after, epsilon)

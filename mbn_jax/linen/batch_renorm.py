@@ -1,15 +1,27 @@
 """Batch Renormalization as a drop-in for `flax.linen.BatchNorm`."""
 
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
 from jax import lax
+from jax.nn import initializers
 
-from mbn_jax.core.moments import Array, Schedule, value_at
-from mbn_jax.linen.memorized import BatchStatisticsNorm, statistics_with_gradient
+from mbn_jax.core.gradient import clipped_renorm
+from mbn_jax.core.moments import Array, AxisName, Schedule, value_at
+from mbn_jax.linen.layer import (
+    check_axis_groups,
+    is_inference,
+    is_number,
+    options_of,
+    scale_and_bias,
+)
 
 
-class BatchRenorm(BatchStatisticsNorm):
+class BatchRenorm(nn.Module):
     """Batch normalization corrected towards its moving averages, by a bounded amount.
 
     With moving averages mu and sigma, batch mean mu_B and deviation sigma_B:
@@ -43,16 +55,31 @@ class BatchRenorm(BatchStatisticsNorm):
     [1.0, 3.0]
     """
 
+    use_running_average: bool | None = None
+    axis: int | Sequence[int] = -1
     momentum: float = 0.99
+    _: dataclasses.KW_ONLY
+    epsilon: float = 1e-5
+    dtype: Any = None
+    param_dtype: Any = jnp.float32
+    use_bias: bool = True
+    use_scale: bool = True
+    bias_init: Any = initializers.zeros
+    scale_init: Any = initializers.ones
+    axis_name: AxisName | None = None
+    axis_index_groups: Any = None
+    use_fast_variance: bool = True
+    force_float32_reductions: bool = True
     r_max: Schedule = optax.linear_schedule(1.0, 3.0, 35_000, transition_begin=5_000)
     d_max: Schedule = optax.linear_schedule(0.0, 5.0, 20_000, transition_begin=5_000)
 
     def __post_init__(self):
+        check_axis_groups(self)
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}.")
         for name, least in (("r_max", 1), ("d_max", 0)):
             limit = getattr(self, name)
-            if isinstance(limit, int | float) and limit < least:
+            if is_number(limit) and limit < least:
                 raise ValueError(f"{name} must be {least} or more, got {limit}.")
         super().__post_init__()
 
@@ -74,24 +101,23 @@ class BatchRenorm(BatchStatisticsNorm):
         Returns:
           Array of the shape of `x`.
         """
-        use_running_average = nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
-        )
-        x, axes, feature_axes = self._input(x)
-        shape = tuple(x.shape[i] for i in feature_axes)
-        mean_dtype, var_dtype = self._statistics_dtypes(x.dtype)
+        inference = is_inference(self, use_running_average)
+        options = options_of(self)
+        x = options.as_input(x)
+        shape = options.feature_shape(x)
+        mean_dtype, var_dtype, _ = options.statistics_dtypes(x.dtype)
         mean = self.variable("batch_stats", "mean", jnp.zeros, shape, mean_dtype)
         var = self.variable("batch_stats", "var", jnp.ones, shape, var_dtype)
         steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
-        if use_running_average:
-            return self._normalize(x, mean.value, var.value, axes, feature_axes)
-        kept_mean = mean.value
-        batch = self._batch_moments(x, axes, mask, kept_mean)
-        used_mean, used_var = statistics_with_gradient(
+        parameters = scale_and_bias(self, shape)
+        if inference:
+            return options.normalize(x, mean.value, var.value, **parameters)
+        kept = mean.value
+        batch = options.moments(x, mask, kept)
+        used_mean, used_var = clipped_renorm(
             batch,
-            mean.value,
+            kept,
             var.value,
-            gradient="renorm",
             epsilon=self.epsilon,
             r_max=value_at(self.r_max, steps.value),
             d_max=value_at(self.d_max, steps.value),
@@ -99,10 +125,9 @@ class BatchRenorm(BatchStatisticsNorm):
         if not self.is_initializing():
             seen, rate = batch.count > 0, 1 - self.momentum
             sigma = jnp.sqrt(var.value) + rate * (jnp.sqrt(batch.var) - jnp.sqrt(var.value))
-            new_mean = mean.value + rate * (batch.mean - mean.value)
-            new_mean = jnp.where(seen, new_mean, mean.value).astype(mean_dtype)
+            new_mean = jnp.where(seen, kept + rate * (batch.mean - kept), kept).astype(mean_dtype)
             new_var = jnp.where(seen, lax.square(sigma), var.value).astype(var_dtype)
             mean.value, var.value = lax.stop_gradient((new_mean, new_var))
             steps.value = steps.value + 1
-        center = kept_mean if self.use_fast_variance else batch.mean
-        return self._normalize(x, used_mean, used_var, axes, feature_axes, center)
+        center = kept if self.use_fast_variance else batch.mean
+        return options.normalize(x, used_mean, used_var, **parameters, center=center)

@@ -6,8 +6,13 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from mbn_jax.core.batch_stats import pool_batch_stats
+from mbn_jax.core.double_forward import (
+    BATCH_MOMENTS,
+    FIRST_BATCH_MOMENTS,
+    current_forwards,
+)
 from mbn_jax.core.moments import Array
-from mbn_jax.core.records import BATCH_MOMENTS, FIRST_BATCH_MOMENTS, part_to_record
+from mbn_jax.linen.layer import is_inference
 
 
 class VirtualBatches(nn.Module):
@@ -70,11 +75,11 @@ class VirtualBatches(nn.Module):
         Returns:
           Array of the shape of `x`.
         """
-        use_running_average = nn.merge_param(
-            "use_running_average", self.use_running_average, use_running_average
-        )
+        use_running_average = is_inference(self, use_running_average)
         layer = self.norm(use_running_average=use_running_average)
         nn.share_scope(self, layer)
+        # Tells functions over `batch_stats` which axis the groups are.
+        self.variable("batch_stats", "groups", jnp.arange, self.num_groups)
         masks = () if mask is None else (jnp.broadcast_to(mask, x.shape),)
 
         def normalize(layer: nn.Module, x: Array, *mask: Array) -> Array:
@@ -83,7 +88,7 @@ class VirtualBatches(nn.Module):
         if use_running_average and not self.is_initializing():
             pooled = nn.map_variables(normalize, "batch_stats", pool_batch_stats)
             return pooled(layer, x, *masks)
-        if part_to_record() is not None:
+        if current_forwards().batch_size:
             raise ValueError(
                 "double_forward_fraction would leave some groups of VirtualBatches without "
                 "examples; use 1 with them."

@@ -9,59 +9,46 @@ import jax.numpy as jnp
 from mbn_jax.core.batch_stats import (
     inference_statistics,
     map_layers,
-    pool_batch_stats,
+    moments_shape,
     with_moments,
 )
-from mbn_jax.core.moments import Array, Moments, Schedule
+from mbn_jax.core.moments import Array, Moments
 
 PyTree = Any
 
-NAMES = ("MemorizedBatchNorm", "AveragedBatchNorm", "BatchRenorm", "VirtualBatches")
+NAMES = ("MemorizedBatchNorm", "BatchRenorm", "VirtualBatches")
 """Classes by which flax names the layers that stand where a `BatchNorm` could."""
 
 
-def to_batch_norm(
-    variables: PyTree,
-    *,
-    memory_size: Schedule | None = None,
-    decay: Schedule | None = None,
-    virtual_batches: bool = False,
-) -> PyTree:
+def to_batch_norm(variables: PyTree) -> PyTree:
     """Folds trained statistics into variables for the same network with `flax.linen.BatchNorm`.
 
-    Its output at inference is the same: a memory becomes its pooled mean and variance. Layers that
-    flax named by their class are renamed, `MemorizedBatchNorm_0` to `BatchNorm_0`.
+    Its output at inference is the same: a memory becomes its pooled mean and variance, by the rule
+    that it recorded in training. Layers that flax named by their class are renamed,
+    `MemorizedBatchNorm_0` to `BatchNorm_0`.
 
     Args:
       variables: 'params' and 'batch_stats' of the trained network.
-      memory_size: of its layers; must be given where they have memories.
-      decay: of its layers; likewise.
-      virtual_batches: whether its layers are in `VirtualBatches`.
 
     Returns:
       The variables for the network with `BatchNorm` of the same `epsilon`.
 
     Raises:
-      ValueError: where two layers would get one name, or the rule of a memory is missing.
+      ValueError: where two layers would get one name.
 
+    >>> import jax
     >>> from mbn_jax import MemorizedBatchNorm
-    >>> stats = {'mean': jnp.array([[1.0], [3.0]]), 'var': jnp.ones((2, 1))}
-    >>> variables = {'batch_stats': {'norm': {**stats, 'count': jnp.ones((2, 1))}}}
-    >>> folded = to_batch_norm(variables, memory_size=2, decay=1.0)['batch_stats']['norm']
-    >>> {name: x.tolist() for name, x in folded.items()}
+    >>> layer = MemorizedBatchNorm(memory_size=2, decay=1.0, use_running_average=False)
+    >>> variables = layer.init(jax.random.key(0), jnp.zeros((2, 1)))
+    >>> for x in (jnp.array([[0.0], [2.0]]), jnp.array([[2.0], [4.0]])):
+    ...     _, updates = layer.apply(variables, x, mutable=['batch_stats'])
+    ...     variables = {**variables, **updates}
+    >>> {name: x.tolist() for name, x in to_batch_norm(variables)['batch_stats'].items()}
     {'mean': [2.0], 'var': [2.0]}
     """
 
     def fold(_, stats: PyTree) -> PyTree:
-        stats = pool_batch_stats(stats) if virtual_batches else stats
-        if "count" not in stats:
-            return {"mean": stats["mean"], "var": stats["var"]}
-        if memory_size is None or decay is None:
-            raise ValueError(
-                "A memory is folded by the rule of its layer: give the memory_size and the decay "
-                "that it was built with."
-            )
-        mean, var = inference_statistics(stats, memory_size, decay)
+        mean, var = inference_statistics(stats)
         return {"mean": mean, "var": var}
 
     _check_names(variables)
@@ -86,11 +73,15 @@ def from_batch_norm(batch_norm: PyTree, variables: PyTree) -> PyTree:
     Raises:
       ValueError: where the two are not of the same network, naming what differs.
 
-    >>> trained = {'batch_stats': {'norm': {'mean': jnp.array([2.0]), 'var': jnp.array([4.0])}}}
-    >>> empty = {'mean': jnp.zeros((3, 1)), 'var': jnp.ones((3, 1)), 'count': jnp.zeros((3, 1))}
-    >>> started = from_batch_norm(trained, {'batch_stats': {'norm': empty}})
-    >>> started['batch_stats']['norm']['mean'][:, 0].tolist()
-    [2.0, 0.0, 0.0]
+    >>> import jax
+    >>> from flax import linen as nn
+    >>> from mbn_jax import MemorizedBatchNorm
+    >>> x = jnp.zeros((2, 1))
+    >>> trained = nn.BatchNorm(use_running_average=True).init(jax.random.key(0), x)
+    >>> layer = MemorizedBatchNorm(memory_size=3, use_running_average=True)
+    >>> fresh = layer.init(jax.random.key(0), x)
+    >>> from_batch_norm(trained, fresh)['batch_stats']['count'][:, 0].tolist()
+    [1.0, 0.0, 0.0]
     """
 
     def renamed(path: tuple[str, ...]) -> str:
@@ -120,13 +111,20 @@ def from_batch_norm(batch_norm: PyTree, variables: PyTree) -> PyTree:
     def start(path: tuple[str, ...], layer_stats: PyTree) -> PyTree:
         found = old_layers[renamed(path)]
         mean, var = jnp.asarray(found["mean"]), jnp.asarray(found["var"])
+        expected = moments_shape(layer_stats)
+        if mean.shape != expected:
+            raise ValueError(
+                f"The checkpoint must be of the same network with BatchNorm; {'/'.join(path)} "
+                f"expected statistics of shape {expected}, got {mean.shape}."
+            )
         return with_moments(layer_stats, Moments(mean, var, jnp.ones_like(var)))
 
     return map_layers(start, variables, lambda path, _: old[renamed(path)])
 
 
 def _batch_norm_name(name: str) -> str:
-    return re.sub(rf"^({'|'.join(NAMES)})(?=_\d+$)", "BatchNorm", name)
+    # Lifted transforms put their own name in front: VmapMemorizedBatchNorm_0.
+    return re.sub(rf"(?:{'|'.join(NAMES)})(?=_\d+$)", "BatchNorm", name)
 
 
 def _named_as_batch_norm(tree: PyTree) -> PyTree:

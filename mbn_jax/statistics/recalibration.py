@@ -8,15 +8,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
+from flax.core import tracers
 
 from mbn_jax.core.batch_stats import map_layers, with_moments
 from mbn_jax.core.moments import Array, AxisName, Moments, batch_moments, pool_groups
-from mbn_jax.linen.memorized import BatchStatisticsNorm, canonical_axes
+from mbn_jax.core.normalization import canonical_axes
+from mbn_jax.linen.batch_renorm import BatchRenorm
+from mbn_jax.linen.memorized import MemorizedBatchNorm
 from mbn_jax.linen.virtual_batches import VirtualBatches
 
 PyTree = Any
 
-LAYERS_WITH_STATISTICS = (BatchStatisticsNorm, nn.BatchNorm, VirtualBatches)
+LAYERS_WITH_STATISTICS = (MemorizedBatchNorm, BatchRenorm, nn.BatchNorm, VirtualBatches)
 """Classes of the layers whose `batch_stats` can be recalibrated."""
 
 
@@ -46,9 +49,20 @@ def record_norm_inputs(
     recorded: dict[str, Moments] = {}
     wanted = re.compile(layers)
     is_inside = False
+    depth, trace = 0, None
 
     def interceptor(call, args, kwargs, context):
-        nonlocal is_inside
+        nonlocal depth
+        depth += 1
+        try:
+            return record(call, args, kwargs, context)
+        finally:
+            depth -= 1
+
+    def record(call, args, kwargs, context):
+        nonlocal is_inside, trace
+        if depth == 1:  # The model itself, applied anew.
+            trace = tracers.current_trace()
         module = context.module
         path = "/".join(module.path)
         if (
@@ -58,6 +72,11 @@ def record_norm_inputs(
             or not wanted.search(path)
         ):
             return call(*args, **kwargs)
+        if tracers.current_trace() != trace:
+            raise ValueError(
+                f"The inputs of {path} cannot be recorded inside of nn.scan, nn.vmap or nn.remat; "
+                "apply a model without these transforms, or name only layers outside of them."
+            )
         x = args[0] if args else kwargs["x"]
         moments = _input_moments(module, x, mask, axis_name, kwargs.get("mask"))
         if path in recorded:
@@ -125,8 +144,7 @@ def recalibrate(apply: Callable[..., Any], variables: PyTree, batches: Iterable[
     how good the parameters are when their statistics are not at fault, and it must follow wherever
     parameters were changed without training, by averaging them for example. Use large batches of
     shuffled examples: each stands for the population. Layers that the model does not call keep what
-    they have; those inside `nn.scan`, `nn.vmap` or `nn.remat` cannot be seen, and JAX raises an
-    error.
+    they have; those inside `nn.scan`, `nn.vmap` or `nn.remat` cannot be recorded.
 
     Args:
       apply: `apply(variables, batch, **options)` runs the model at inference:
@@ -138,7 +156,8 @@ def recalibrate(apply: Callable[..., Any], variables: PyTree, batches: Iterable[
       The new `batch_stats`: one batch in a memory, or the averages.
 
     Raises:
-      ValueError: without batches, or where no layer keeps statistics.
+      ValueError: without batches, where no layer keeps statistics, or for a layer inside of a
+        lifted transform.
 
     References:
       Wu and Johnson, "Rethinking 'Batch' in BatchNorm" (arXiv 2105.07576), section 3: PreciseBN.

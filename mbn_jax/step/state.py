@@ -1,7 +1,8 @@
-"""The state of training."""
+"""The state that training carries from step to step."""
 
 from typing import Any
 
+import flax
 import jax
 import jax.numpy as jnp
 import optax
@@ -13,12 +14,14 @@ PyTree = Any
 class TrainState(struct.PyTreeNode):
     """All that training carries from step to step, as one pytree of arrays.
 
+    `flax.serialization` can write and read it: its key then becomes an array of integers.
+
     Attributes:
-      step: int32 scalar, updates done.
+      step: int32 scalar, number of updates so far.
       params: the parameters.
       batch_stats: the statistics of the normalization layers; `{}` for a model without any.
       opt_state: the optimizer's state.
-      key: the random key of the run; each step folds its number into it.
+      key: random key of the run; each step folds its number into it.
     """
 
     step: jax.Array
@@ -33,10 +36,13 @@ class TrainState(struct.PyTreeNode):
     ) -> "TrainState":
         """Makes the state before the first step.
 
+        No two of its arrays share a buffer, so that the training step may take it over
+        (`donate_argnums`).
+
         Args:
-          variables: what `model.init` returned.
+          variables: what `model.init` returned, a dict or a `FrozenDict`.
           tx: the optimizer.
-          key: the random key of the run.
+          key: random key of the run, from `jax.random.key`.
 
         Returns:
           The `TrainState` at step 0.
@@ -44,16 +50,55 @@ class TrainState(struct.PyTreeNode):
         Raises:
           ValueError: if the model has collections that a step would silently lose.
         """
+        variables = flax.core.unfreeze(variables)
         unknown = set(variables) - {"params", "batch_stats"}
         if unknown:
             raise ValueError(
-                f"TrainState carries the collections 'params' and 'batch_stats', the model also "
-                f"has {sorted(unknown)}; take them out, or write a step that keeps them."
+                "TrainState carries the collections 'params' and 'batch_stats', the model also has "
+                f"{sorted(unknown)}. Take out what the model writes anew in each call, and name it "
+                "in make_train_step(mutable=...); for others write a step that keeps them."
             )
+        params = variables.get("params", {})
         return cls(
             step=jnp.zeros((), jnp.int32),
-            params=variables.get("params", {}),
+            params=params,
             batch_stats=variables.get("batch_stats", {}),
-            opt_state=tx.init(variables.get("params", {})),
+            opt_state=_without_shared_buffers(tx.init(params), params),
             key=key,
         )
+
+
+def _without_shared_buffers(opt_state: PyTree, params: PyTree) -> PyTree:
+    """Copies arrays of an optimizer's state that are the parameters themselves, or there twice."""
+    seen = {id(leaf) for leaf in jax.tree.leaves(params)}
+
+    def own(leaf: Any) -> Any:
+        if id(leaf) in seen and isinstance(leaf, jax.Array):
+            return jnp.array(leaf, copy=True)
+        seen.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(own, opt_state)
+
+
+def _to_state_dict(state: TrainState) -> dict[str, Any]:
+    fields = {name: getattr(state, name) for name in TrainState.__dataclass_fields__}
+    if jax.dtypes.issubdtype(state.key.dtype, jax.dtypes.prng_key):
+        fields["key"] = jax.random.key_data(state.key)
+    return {name: flax.serialization.to_state_dict(value) for name, value in fields.items()}
+
+
+def _from_state_dict(state: TrainState, fields: dict[str, Any]) -> TrainState:
+    key, names = fields["key"], set(TrainState.__dataclass_fields__) - {"key"}
+    if jax.dtypes.issubdtype(state.key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(jnp.asarray(key), impl=jax.random.key_impl(state.key))
+    restored = {
+        name: flax.serialization.from_state_dict(getattr(state, name), fields[name], name=name)
+        for name in names
+    }
+    return state.replace(key=key, **restored)
+
+
+flax.serialization.register_serialization_state(
+    TrainState, _to_state_dict, _from_state_dict, override=True
+)

@@ -1,51 +1,36 @@
-"""The double-forward training step: update, then a second forward that rewrites the statistics.
+"""The training step with Double Forward: update, then a second forward under the new parameters.
 
 Works for any Flax model and any normalization layer that keeps `batch_stats`.
 """
 
-import contextlib
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import traverse_util
 from jax import lax
 
-from mbn_jax.core.batch_stats import layers_with_statistics
-from mbn_jax.core.moments import AxisName
-from mbn_jax.core.records import (
+from mbn_jax.core.batch_stats import layers_with_statistics, layout_of
+from mbn_jax.core.double_forward import (
     BATCH_MOMENTS,
     FIRST_BATCH_MOMENTS,
-    FIRST_USED,
-    PART,
-    WHOLE,
-    WHOLE_TO_REWRITE,
-    record_part,
-    rows_of_part,
+    RECORDS,
+    USED,
+    SecondForward,
+    forwards_of,
+)
+from mbn_jax.core.moments import AxisName
+from mbn_jax.step.forward import (
+    BoundApply,
+    axes_of_layers,
+    check_axes,
+    check_axis_bound,
+    run_loss,
 )
 from mbn_jax.step.state import TrainState
 
 PyTree = Any
-
-DOUBLE_FORWARD = ("off", "rewrite", "transport")
-
-
-def check_second_forward(double_forward: str, fraction: float, every: int) -> None:
-    """Raises ValueError where these options of `make_train_step` are impossible."""
-    if double_forward not in DOUBLE_FORWARD:
-        raise ValueError(f"double_forward must be one of {DOUBLE_FORWARD}, got {double_forward!r}.")
-    if not 0 < fraction <= 1:
-        raise ValueError(f"double_forward_fraction must be in (0, 1], got {fraction}.")
-    if every < 1:
-        raise ValueError(f"double_forward_every must be 1 or more, got {every}.")
-    if double_forward == "off" and (fraction, every) != (1, 1):
-        raise ValueError(
-            "double_forward_fraction and double_forward_every need a second forward, and "
-            "double_forward is 'off'."
-        )
 
 
 def make_train_step(
@@ -55,8 +40,10 @@ def make_train_step(
     *,
     double_forward: str = "rewrite",
     double_forward_fraction: float = 1.0,
-    double_forward_every: int = 1,
     axis_name: AxisName | None = None,
+    local_statistics: bool = False,
+    frozen_statistics: bool = False,
+    mutable: Sequence[str] = (),
     rng_names: Sequence[str] = ("dropout",),
 ) -> Callable[[TrainState, PyTree], tuple[TrainState, dict[str, jax.Array]]]:
     """Makes the pure training step of one device. Jit it, or map it over devices.
@@ -68,39 +55,44 @@ def make_train_step(
         3. second forward of the same batch under (p', S), no gradient, same random keys: writes S'
         4. the new state is (p', S')
 
-    Because the second forward starts from S, it *rewrites* the batch's contribution rather than
+    Because the second forward starts from S, it *rewrites* the batch's contribution instead of
     adding one, and no layer needs to know. The compiler drops the part of it that no statistic
     depends on: the loss, the classifier, all of it for a model without `batch_stats`.
 
     Args:
       apply_fn: `model.apply`.
-      tx: the optimizer.
+      tx: the optimizer. It also gets `value`, `grad` and `value_fn`, for those that use them.
       loss_fn: `loss_fn(apply, batch) -> (loss, (metrics, updates))`, a pure function, traced once
         for each forward. `apply` is `model.apply` bound to the variables, the mutable collections
-        and the random keys of this forward; it returns `(outputs, updates)`, and `updates` is to be
-        handed back. `metrics` is a dict of scalars.
+        and the random keys of this forward; it returns `(outputs, updates)`. `metrics` is a dict of
+        scalars, `updates` is what the last apply returned. A loss may apply the model several
+        times: each apply starts from the statistics that the one before wrote.
       double_forward: 'rewrite', as above; 'off': S' is what step 1 wrote; or 'transport': as
         'rewrite', and every `MemorizedBatchNorm` moves its whole memory by the shift between the
         two forwards (see `mbn_jax.core.transport`), at no further cost.
-      double_forward_fraction: how much of a device's batch the second forward sees, its first
+      double_forward_fraction: share of a device's batch that the second forward sees: its first
         examples. The shift that it measures there stands for that of the whole batch, whose moments
-        of the first forward move by it (a control variate), bounded as in
-        `mbn_jax.core.transport`. Every array of the batch, and the input of every layer with
-        statistics, must have the examples on its first axis, in their order, and the layers must be
-        `MemorizedBatchNorm` or `AveragedBatchNorm`. 1: all of the batch, and nothing of this holds.
-      double_forward_every: a second forward in every so many steps. The others are as 'off': their
-        slots stay as the first forward wrote them, and their shift moves nothing.
+        of the first forward move by it (a control variate), bounded as in `mbn_jax.core.transport`.
+        Every array of the batch, and the input of every layer with statistics, must have the
+        examples on its first axis, in their order, and the layers must be `MemorizedBatchNorm`.
       axis_name: named axis of `pmap` or of `shard_map(check_vma=False)`, over which gradients and
         metrics are averaged. Statistics are not: a layer built with `axis_name` syncs its own.
+      local_statistics: whether each device may keep statistics of its own (layers without
+        `axis_name`, or with `axis_index_groups`). Pool them over devices before inference.
+      frozen_statistics: whether no layer has to write statistics: training around frozen norms.
+      mutable: further collections that the model may write, such as sown auxiliary losses.
+        `loss_fn` finds them in the updates of each apply; the step keeps none of them.
       rng_names: random streams that the model draws from in training.
 
     Returns:
-      `step(state, batch) -> (state, metrics)`; metrics hold 'loss' and those of `loss_fn`, float32,
-      averaged over devices.
+      `train_step(state, batch) -> (state, metrics)`; metrics hold 'loss' and those of `loss_fn`,
+      float32, averaged over devices.
 
     Raises:
-      ValueError: for options that are impossible; the step, under `shard_map(check_vma=True)`, and
-        where a layer cannot do what the mode or the fraction asks of it.
+      ValueError: for impossible options. The step raises ValueError while it is traced: for a state
+        that is not a `TrainState`, under `shard_map(check_vma=True)`, where `loss_fn` returns
+        something else, where step and layers disagree about devices, and where a layer cannot do
+        what the mode or the fraction asks of it.
 
     References:
       Guo et al., "Double Forward Propagation for Memorized Batch Normalization", AAAI 2018 (arXiv
@@ -120,70 +112,54 @@ def make_train_step(
     >>> int(state.step), round(float(metrics['loss']), 3)
     (1, 2.0)
     """
-    check_second_forward(double_forward, double_forward_fraction, double_forward_every)
+    second = SecondForward(double_forward, double_forward_fraction)
+    tx = optax.with_extra_args_support(tx)
 
-    def train_step(state: TrainState, batch: PyTree):
-        if any(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(batch)):
-            raise ValueError(
-                "The step runs under jax.shard_map with check_vma=False only: with its check, "
-                "gradients averaged by lax.pmean come out multiplied by the number of devices."
-            )
-        key = jax.random.fold_in(state.key, state.step)
-        if axis_name is not None:
-            key = jax.random.fold_in(key, lax.axis_index(axis_name))
-        rngs = {name: jax.random.fold_in(key, i) for i, name in enumerate(rng_names)}
+    def train_step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, jax.Array]]:
+        _check_state(state)
+        _check_varying_axes(batch)
+        check_axis_bound(axis_name)
+        rngs = _step_keys(state, axis_name, rng_names)
+        size = _batch_size(batch) if second.is_partial else 0
 
-        def forward(params: PyTree, batch: PyTree = batch, **collections: PyTree):
+        def forward(params: PyTree, batch: PyTree, **collections: PyTree):
             variables = {"params": params, "batch_stats": state.batch_stats, **collections}
-            mutable = ["batch_stats", BATCH_MOMENTS]
-            return loss_fn(
-                functools.partial(apply_fn, variables, mutable=mutable, rngs=rngs), batch
-            )
+            apply = BoundApply(apply_fn, variables, mutable, rngs, records=second.needs_records)
+            return run_loss(loss_fn, apply, batch, state.batch_stats, frozen=frozen_statistics)
 
-        part = batch
-        recording: contextlib.AbstractContextManager = contextlib.nullcontext()
-        if double_forward_fraction < 1:
-            size = _examples(batch)
-            rows = rows_of_part(size, double_forward_fraction)
-            part, recording = jax.tree.map(lambda x: x[:rows], batch), record_part(size, rows)
-        with recording:
+        with forwards_of(second, size), axes_of_layers() as axes:
             first_forward = jax.value_and_grad(forward, has_aux=True)
-            (loss, (metrics, first)), grads = first_forward(state.params)
-        if axis_name is not None:
-            grads = lax.pmean(grads, axis_name)
-        deltas, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, deltas)
-
-        def after_first() -> PyTree:
-            return first.get("batch_stats", state.batch_stats)
-
-        def after_second() -> PyTree:
-            handed: dict[str, PyTree] = {}
-            if double_forward == "transport" or double_forward_fraction < 1:
-                handed = _handed_over(first.get(BATCH_MOMENTS, {}), double_forward)
-            _, (_, second) = forward(params, part, **handed)
-            if handed:
-                _check_first_used(
-                    state.batch_stats, first, second, double_forward, double_forward_fraction
-                )
-            return second.get("batch_stats", state.batch_stats)
-
-        if double_forward == "off":
-            batch_stats = after_first()
-        elif double_forward_every == 1:
-            batch_stats = after_second()
-        else:
-            due = (state.step + 1) % double_forward_every == 0
-            batch_stats = lax.cond(due, after_second, after_first)
-
+            (loss, (metrics, first)), grads = first_forward(state.params, batch)
+        check_axes(axes, axis_name, local_statistics=local_statistics)
         # As floats, because lax.pmean would turn integers into them on some paths only.
         metrics = {k: jnp.asarray(v, jnp.float32) for k, v in {"loss": loss, **metrics}.items()}
         if axis_name is not None:
-            metrics = lax.pmean(metrics, axis_name)
+            grads, metrics = lax.pmean((grads, metrics), axis_name)
+        deltas, opt_state = tx.update(
+            grads,
+            state.opt_state,
+            state.params,
+            value=metrics["loss"],
+            grad=grads,
+            value_fn=_value_fn(lambda params: forward(params, batch)[0], axis_name),
+        )
+        params = optax.apply_updates(state.params, deltas)
+
+        written = first
+        if double_forward != "off":
+            seen, records = batch, {}
+            if second.is_partial:
+                seen = jax.tree.map(lambda x: x[: second.num_examples(size)], batch)
+            if second.needs_records:
+                records = {FIRST_BATCH_MOMENTS: first.get(BATCH_MOMENTS, {})}
+            with forwards_of(second):
+                _, (_, written) = forward(params, seen, **records)
+            if second.needs_records:
+                _check_first_used(state.batch_stats, first, written, second)
         state = state.replace(
             step=state.step + 1,
             params=params,
-            batch_stats=batch_stats,
+            batch_stats=written.get("batch_stats", state.batch_stats),
             opt_state=opt_state,
         )
         return state, metrics
@@ -191,7 +167,64 @@ def make_train_step(
     return train_step
 
 
-def _examples(batch: PyTree) -> int:
+def _check_state(state: Any) -> None:
+    if not isinstance(state, TrainState):
+        raise ValueError(
+            f"The step expected a mbn_jax.TrainState, got {type(state).__module__}."
+            f"{type(state).__name__}; make one with TrainState.create(variables, tx, key)."
+        )
+
+
+def _check_varying_axes(batch: PyTree) -> None:
+    """Raises ValueError under `shard_map(check_vma=True)`, where gradients would come out wrong."""
+
+    def varying(x: Any) -> Any:
+        aval = jax.typeof(x)
+        if hasattr(aval, "manual_axis_type"):
+            return aval.manual_axis_type.varying
+        return getattr(aval, "vma", ())  # JAX before 0.10.
+
+    if any(varying(x) for x in jax.tree.leaves(batch)):
+        raise ValueError(
+            "The step runs under jax.shard_map with check_vma=False only: with its check, "
+            "gradients averaged by lax.pmean come out multiplied by the number of devices."
+        )
+
+
+def _step_keys(
+    state: TrainState, axis_name: AxisName | None, rng_names: Sequence[str]
+) -> dict[str, jax.Array]:
+    """Returns the random key of each stream, for this step and device."""
+    key = jax.random.fold_in(state.key, state.step)
+    if axis_name is not None:
+        key = jax.random.fold_in(key, lax.axis_index(axis_name))
+    return {name: jax.random.fold_in(key, i) for i, name in enumerate(rng_names)}
+
+
+def _value_fn(loss: Callable[[PyTree], jax.Array], axis_name: AxisName | None) -> Callable:
+    """Returns the loss of a batch as a function of the parameters, for optimizers that search.
+
+    Over devices, its value and its gradient are averages, as those of the step are.
+    """
+    if axis_name is None:
+        return loss
+
+    @jax.custom_vjp
+    def value(params: PyTree) -> jax.Array:
+        return lax.pmean(loss(params), axis_name)
+
+    def forward(params: PyTree) -> tuple[jax.Array, PyTree]:
+        local, grads = jax.value_and_grad(loss)(params)
+        return lax.pmean((local, grads), axis_name)
+
+    def backward(grads: PyTree, cotangent: jax.Array) -> tuple[PyTree]:
+        return (jax.tree.map(lambda g: g * cotangent, grads),)
+
+    value.defvjp(forward, backward)
+    return value
+
+
+def _batch_size(batch: PyTree) -> int:
     """Returns how many examples a device's batch has; raises ValueError where arrays disagree."""
     shapes = [jnp.shape(x) for x in jax.tree.leaves(batch)]
     if len({shape[:1] for shape in shapes}) != 1 or () in shapes:
@@ -202,35 +235,22 @@ def _examples(batch: PyTree) -> int:
     return shapes[0][0]
 
 
-def _handed_over(recorded: PyTree, double_forward: str) -> PyTree:
-    """Returns what the second forward finds of that which the first one recorded."""
-    if double_forward == "rewrite":
-        entries = traverse_util.flatten_dict(recorded)
-        recorded = traverse_util.unflatten_dict(
-            {
-                (*path[:-1], WHOLE_TO_REWRITE if path[-1] == WHOLE else path[-1]): calls
-                for path, calls in entries.items()
-            }
-        )
-    return {FIRST_BATCH_MOMENTS: recorded}
-
-
 def _check_first_used(
-    batch_stats: PyTree, first: PyTree, second: PyTree, double_forward: str, fraction: float
+    batch_stats: PyTree,
+    first: Mapping[str, PyTree],
+    written: Mapping[str, PyTree],
+    second: SecondForward,
 ) -> None:
-    """Raises ValueError unless every call of every layer has used what it recorded."""
-
-    def calls(updates: PyTree, name: str) -> dict[str, int]:
-        entries = traverse_util.flatten_dict(updates.get(BATCH_MOMENTS, {}))
-        return {"/".join(path[:-1]): len(x) for path, x in entries.items() if path[-1] == name}
-
-    recorded, used = calls(first, WHOLE if fraction == 1 else PART), calls(second, FIRST_USED)
-    written = layers_with_statistics(second.get("batch_stats", {}))
+    """Raises ValueError unless every call of every layer has used its own record."""
+    records = _calls(first, RECORDS)
+    recorded = {path: len(calls) for path, calls in records.items()}
+    used = {path: len(calls) for path, calls in _calls(written, USED).items()}
+    after = layers_with_statistics(written.get("batch_stats", {}))
     layers = {
-        path: written[path]["mean"] is not stats["mean"]  # Else it is frozen, or was not called.
+        path: after[path]["mean"] is not stats["mean"]  # Else it is frozen, or was not called.
         for path, stats in layers_with_statistics(batch_stats).items()
         # A whole batch needs nothing of the first forward but to move a memory.
-        if fraction < 1 or {"count", "weight"} & set(stats)
+        if second.is_partial or layout_of(stats).kind != "averages"
     }
     left = sorted(
         path
@@ -242,13 +262,50 @@ def _check_first_used(
         f"Lifted transforms (nn.vmap, nn.scan) need {BATCH_MOMENTS!r} and {FIRST_BATCH_MOMENTS!r} "
         "in their variable_axes"
     )
-    if left and fraction < 1:
+    if left and second.is_partial:
         raise ValueError(
-            "double_forward_fraction needs layers that pool batches (MemorizedBatchNorm, "
-            f"AveragedBatchNorm), and cannot be used with: {names}. {lifted}."
+            "double_forward_fraction needs layers that pool batches (MemorizedBatchNorm), and "
+            f"cannot be used with: {names}. {lifted}."
         )
-    if left or (not layers and double_forward == "transport"):
+    if left or (not layers and second.moves_memory):
         raise ValueError(
             f"double_forward='transport' must move every memory, and cannot: "
             f"{names or 'no layer has a memory'}. {lifted}; norms without a memory take 'rewrite'."
         )
+    _check_not_carried(batch_stats, records)
+
+
+def _check_not_carried(batch_stats: PyTree, records: Mapping[str, Sequence[Any]]) -> None:
+    """Raises ValueError where one memory goes through the iterations of an `nn.scan`.
+
+    Its slots would have to move iteration by iteration, and each iteration sees only its own
+    record.
+    """
+    carried = []
+    for path, stats in layers_with_statistics(batch_stats).items():
+        layout = layout_of(stats)
+        for record in records.get(path, ()):
+            leading = (layout.stacked or 0) + layout.has_groups
+            if record.batch.mean.ndim != leading + (layout.feature_rank or 0):
+                carried.append(path or "the layer")
+    if carried:
+        raise ValueError(
+            "double_forward='transport' and double_forward_fraction cannot be used with a memory "
+            f"that nn.scan carries from iteration to iteration: {', '.join(sorted(set(carried)))}. "
+            "Use double_forward='rewrite', or unroll the loop."
+        )
+
+
+def _calls(updates: Mapping[str, PyTree], name: str) -> dict[str, Sequence[Any]]:
+    """Returns what each call of each layer recorded under a name, by the layer's path."""
+    found: dict[str, Sequence[Any]] = {}
+
+    def visit(path: tuple[str, ...], tree: PyTree) -> None:
+        for key, child in tree.items():
+            if key == name and isinstance(child, tuple):
+                found["/".join(path)] = child
+            elif isinstance(child, Mapping):
+                visit((*path, key), child)
+
+    visit((), updates.get(BATCH_MOMENTS, {}))
+    return found

@@ -10,12 +10,11 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from mbn_jax.core.records import rows_of_part
+from mbn_jax.core.double_forward import DOUBLE_FORWARD, SecondForward
+from mbn_jax.core.gradient import GRADIENTS
 from mbn_jax.errors import UserError
-from mbn_jax.linen.memorized import GRADIENTS
 from mbn_jax.models import MODELS
 from mbn_jax.parallel.devices import RUNTIMES
-from mbn_jax.step.train_step import DOUBLE_FORWARD, check_second_forward
 from mbn_jax.training.norms import NORMS, NORMS_WITH_MEMORY, SYNCS, synced_devices
 from mbn_jax.training.optimizers import OPTIMIZERS, SCHEDULES
 
@@ -242,9 +241,7 @@ def validate(config: ConfigDict) -> None:
             f"{', '.join(NORMS_WITH_MEMORY)}, got {norm.name!r}; others take 'rewrite'."
         )
     try:
-        check_second_forward(
-            config.double_forward, config.double_forward_fraction, config.double_forward_every
-        )
+        SecondForward(config.double_forward, config.double_forward_fraction)
     except ValueError as error:
         raise UserError(str(error)) from error
     if not norm.transport_scale and config.double_forward != "transport":
@@ -311,7 +308,9 @@ def validate_devices(config: ConfigDict, num_devices: int) -> None:
             "change it, or let JAX see fewer devices (CUDA_VISIBLE_DEVICES=0, for example)."
         )
     try:
-        rows_of_part(config.batch_size // num_devices, config.double_forward_fraction)
+        SecondForward(config.double_forward, config.double_forward_fraction).num_examples(
+            config.batch_size // num_devices
+        )
     except ValueError as error:
         raise UserError(str(error)) from error
     if config.norm.sync == "group" and num_devices % config.norm.sync_group_size:

@@ -2,45 +2,11 @@
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
-from mbn_jax.core.batch_stats import inference_statistics, layers_with_statistics
-from mbn_jax.core.moments import Array, Moments, Schedule, abs_sq
+from mbn_jax.core.moments import Array, Moments, abs_sq
 
 PyTree = Any
-
-
-def memory_distance(
-    batch_stats: PyTree, memory_size: Schedule, decay: Schedule
-) -> dict[str, jax.Array]:
-    """Measures, layer by layer, how far the memory is from the newest batch.
-
-        distance = sqrt(E[|mean - m_0|^2 / var]),    the average over a layer's features,
-
-    with the pooled mean and variance and the newest slot's mean m_0: in standard deviations. 0 at
-    memory size 1.
-
-    Args:
-      batch_stats: of one device.
-      memory_size: of the layers.
-      decay: of the layers.
-
-    Returns:
-      A scalar for each `MemorizedBatchNorm`, by its path; empty where there are none.
-
-    >>> ones = jnp.ones((2, 1))
-    >>> stats = {'norm': {'mean': jnp.array([[2.0], [0.0]]), 'var': ones, 'count': ones}}
-    >>> {k: round(float(v), 4) for k, v in memory_distance(stats, 2, 1.0).items()}
-    {'norm': 0.7071}
-    """
-    distances = {}
-    for path, stats in layers_with_statistics(batch_stats).items():
-        if "count" in stats:
-            mean, var = inference_statistics(stats, memory_size, decay)
-            square = abs_sq(mean - stats["mean"][0]) / jnp.maximum(var, jnp.finfo(var.dtype).tiny)
-            distances[path] = jnp.sqrt(square.mean())
-    return distances
 
 
 def update_shift(before: Moments, after: Moments, var: Array, epsilon: float) -> dict[str, Array]:

@@ -10,7 +10,7 @@ import numpy as np
 import optax
 from ml_collections import ConfigDict
 
-from mbn_jax.core.records import BATCH_MOMENTS
+from mbn_jax.core.double_forward import BATCH_MOMENTS
 from mbn_jax.parallel.devices import AXIS_NAME, first_device, replicate
 from mbn_jax.statistics.recalibration import record_norm_inputs
 from mbn_jax.step.state import TrainState

@@ -10,16 +10,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mbn_jax.core.batch_stats import pool_batch_stats
 from mbn_jax.errors import UserError
 from mbn_jax.parallel.devices import check_alike, first_device, first_host_first, replicate
 from mbn_jax.parallel.preemption import StopAsked, StoppedError
 from mbn_jax.step.state import TrainState
 from mbn_jax.training.checkpoints import Checkpoints
 from mbn_jax.training.config import fields, steps_per_epoch, traced_values
-from mbn_jax.training.diagnostics import memory_distance
 from mbn_jax.training.divergence import DivergenceError, FiniteCheck, where_it_began
-from mbn_jax.training.norms import memory_rule
 from mbn_jax.training.program import Program, Programs
 from mbn_jax.training.reporting import Reporter, draw_curves, read_metrics
 from mbn_jax.training.resuming import (
@@ -219,8 +216,6 @@ def _run(
                 fresh = program.recalibrate(config, state, config.recalibrate_batches)
                 recalibrated = program.evaluate(config, fresh)
                 values |= {f"recalibrated_test_{k}": v for k, v in recalibrated.items()}
-            if config.norm.name == "memorized":
-                reporter.write(step, _distances(program, config, state), only_events=True)
         if measures:
             values |= program.shift.measure(config, state, block)
         if records:
@@ -282,15 +277,6 @@ def estimate_seconds(program: Program, config: ConfigDict, seconds: float) -> fl
         measurement = time_of_second(lambda: program.shift.measure(config, state, None))
         total += measurement * (total_steps // config.shift.every_steps)
     return total
-
-
-def _distances(program: Program, config: ConfigDict, state: TrainState) -> dict[str, float]:
-    stats = first_device(state.batch_stats)
-    if config.norm.virtual_batch_size:
-        stats = pool_batch_stats(stats)
-    rule = memory_rule(config, program.experiment.total_steps)
-    distances = memory_distance(stats, *rule)
-    return {f"memory_distance/{path}": float(value) for path, value in distances.items()}
 
 
 def run_title(config: ConfigDict) -> str:

@@ -10,7 +10,6 @@ from flax import linen as nn
 from ml_collections import ConfigDict
 
 from mbn_jax.core.moments import Schedule
-from mbn_jax.linen.averaged import AveragedBatchNorm
 from mbn_jax.linen.batch_renorm import BatchRenorm
 from mbn_jax.linen.memorized import MemorizedBatchNorm
 from mbn_jax.linen.virtual_batches import VirtualBatches
@@ -77,9 +76,6 @@ def _pooled_options(config: ConfigDict, num_devices: int) -> dict:
     norm = config.norm
     return {
         "gradient": norm.gradient,
-        "r_max": norm.r_max or None,
-        "d_max": norm.d_max or None,
-        "transport_scale": norm.transport_scale,
         **_statistics_options(config, num_devices),
     }
 
@@ -98,7 +94,8 @@ def _memorized(config: ConfigDict, num_devices: int, total_steps: int) -> Callab
 
 def _averaged(config: ConfigDict, num_devices: int, total_steps: int) -> Callable[..., nn.Module]:
     return functools.partial(
-        AveragedBatchNorm,
+        MemorizedBatchNorm,
+        memory_size=None,
         decay=config.norm.decay,
         **_pooled_options(config, num_devices),
     )
@@ -163,7 +160,6 @@ NORMS_WITH_MEMORY = ("memorized", "averaged")
 LAYERS = (
     VirtualBatches,
     MemorizedBatchNorm,
-    AveragedBatchNorm,
     nn.BatchNorm,
     BatchRenorm,
     nn.GroupNorm,

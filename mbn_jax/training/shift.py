@@ -5,8 +5,8 @@ from typing import TYPE_CHECKING, Any
 import jax
 from ml_collections import ConfigDict
 
+from mbn_jax.core.double_forward import BATCH_MOMENTS, FIRST_BATCH_MOMENTS
 from mbn_jax.core.moments import Moments
-from mbn_jax.core.records import BATCH_MOMENTS, FIRST_BATCH_MOMENTS
 from mbn_jax.parallel.devices import AXIS_NAME, first_device, replicate
 from mbn_jax.statistics.recalibration import record_norm_inputs
 from mbn_jax.step.state import TrainState

@@ -16,7 +16,6 @@ from ml_collections import ConfigDict
 from mbn_jax.core.batch_stats import (
     inference_statistics,
     layers_with_statistics,
-    pool_batch_stats,
 )
 from mbn_jax.core.moments import Moments
 from mbn_jax.datasets.images import Split, load_split
@@ -35,7 +34,7 @@ from mbn_jax.statistics.recalibration import LAYERS_WITH_STATISTICS, add_moments
 from mbn_jax.step.state import TrainState
 from mbn_jax.step.train_step import make_train_step
 from mbn_jax.training import config as config_lib
-from mbn_jax.training.norms import LAYERS, build_norm, memory_rule
+from mbn_jax.training.norms import LAYERS, build_norm
 from mbn_jax.training.optimizers import build_optimizer, build_schedule
 
 PyTree = Any
@@ -191,11 +190,8 @@ class Experiment:
         self, batch_stats: PyTree, values: Batch
     ) -> dict[str, tuple[jax.Array, jax.Array]]:
         """Returns (mean, var) that each layer normalizes by at inference, by its path."""
-        if self.config.norm.virtual_batch_size:
-            batch_stats = pool_batch_stats(batch_stats)
-        size, decay = memory_rule(self._with(values), self.total_steps)
         return {
-            path: inference_statistics(stats, size, decay)
+            path: inference_statistics(stats)
             for path, stats in layers_with_statistics(batch_stats).items()
         }
 
@@ -207,8 +203,8 @@ class Experiment:
             classification_loss,
             double_forward=self.config.double_forward,
             double_forward_fraction=self.config.double_forward_fraction,
-            double_forward_every=self.config.double_forward_every,
             axis_name=AXIS_NAME,
+            local_statistics=self.local_statistics,
         )
 
     def dispatch(

@@ -9,7 +9,7 @@ import pytest
 import reference
 from reference import ROUNDING, assert_moments, normal
 
-from mbn_jax.core.memory import Average, Slots, memory_weights, pool, pool_of_two, push
+from mbn_jax.core.memory import Endless, Slots, memory_weights, pool, pool_of_two, push
 from mbn_jax.core.moments import Moments, batch_moments
 
 
@@ -141,27 +141,29 @@ def test_what_remains_and_the_new_batch_are_the_pool_of_the_pushed_memory(
     batch = Moments(jnp.full(3, 2.5), jnp.full(3, 0.7), jnp.full(3, 8.0))
     for cast in (lambda x: x, jnp.asarray):
         rule = Slots(cast(memory_size), cast(decay))
-        new = pool_of_two(rule.remaining(slots), batch._replace(count=jnp.ones(3)))
+        new = pool_of_two(rule.without_oldest(slots), batch._replace(count=jnp.ones(3)))
         assert_pools(new, rule.pooled(rule.pushed(slots, batch)))
         # And with what leaves in place of the batch, that of the memory as it is.
-        assert_pools(pool_of_two(rule.remaining(slots), rule.leaving(slots)), rule.pooled(slots))
+        assert_pools(
+            pool_of_two(rule.without_oldest(slots), rule.oldest(slots)), rule.pooled(slots)
+        )
 
 
-def test_an_average_is_a_memory_without_end():
+def test_an_endless_is_a_memory_without_end():
     slots = random_slots(64, 0)
-    average = jax.tree.map(lambda x: x[0], slots)
+    endless = jax.tree.map(lambda x: x[0], slots)
     for seed in range(20):
         batch = Moments(*map(jnp.float32, (normal((3,), seed), np.full(3, 0.5 + seed), np.ones(3))))
-        slots, average = Slots(64, 0.9).pushed(slots, batch), Average(0.9).pushed(average, batch)
-        assert_pools(Average(0.9).pooled(average), Slots(64, 0.9).pooled(slots))
+        slots, endless = Slots(64, 0.9).pushed(slots, batch), Endless(0.9).pushed(endless, batch)
+        assert_pools(Endless(0.9).pooled(endless), Slots(64, 0.9).pooled(slots))
     expected = sum(0.9**i for i in range(20))
-    np.testing.assert_allclose(average.count, np.full(3, expected), rtol=ROUNDING)
+    np.testing.assert_allclose(endless.count, np.full(3, expected), rtol=ROUNDING)
 
 
-@pytest.mark.parametrize("rule", [Slots(3, 0.5), Average(0.5)], ids=["slots", "average"])
+@pytest.mark.parametrize("rule", [Slots(3, 0.5), Endless(0.5)], ids=["slots", "endless"])
 def test_an_unusable_batch_leaves_the_pool(rule):
     kept = random_slots(3, 3)
-    if isinstance(rule, Average):
+    if isinstance(rule, Endless):
         kept = jax.tree.map(lambda x: x[0], kept)
     batch = Moments(jnp.full(3, jnp.nan), jnp.full(3, jnp.inf), jnp.full(3, 8.0))
     for old, new in zip(kept, rule.pushed(kept, batch), strict=True):

@@ -14,12 +14,11 @@ import reference
 from flax import linen as nn
 
 from mbn_jax import MemorizedBatchNorm
+from mbn_jax.core.double_forward import BATCH_MOMENTS, RECORDS
+from mbn_jax.core.gradient import clipped_renorm, with_gradient
 from mbn_jax.core.memory import memory_weights, pool
 from mbn_jax.core.moments import Moments
-from mbn_jax.core.records import BATCH_MOMENTS
-from mbn_jax.linen.averaged import AveragedBatchNorm
 from mbn_jax.linen.batch_renorm import BatchRenorm
-from mbn_jax.linen.memorized import statistics_with_gradient
 from mbn_jax.training.norms import Affine
 
 EPSILON = 1e-5
@@ -56,11 +55,11 @@ class Norm(NamedTuple):
 
 
 memorized = functools.partial(MemorizedBatchNorm, memory_size=4)
+endless = functools.partial(MemorizedBatchNorm, memory_size=None)
 NORMS = {
     "memorized": Norm(memorized),
     "memorized_renorm": Norm(functools.partial(memorized, gradient="renorm")),
     "memorized_through": Norm(functools.partial(memorized, gradient="through")),
-    "memorized_clipped": Norm(functools.partial(memorized, gradient="renorm", r_max=2.0, d_max=1)),
     "memorized_two_pass": Norm(functools.partial(memorized, use_fast_variance=False)),
     "memorized_one_slot": Norm(functools.partial(MemorizedBatchNorm, memory_size=1)),
     "memorized_room": Norm(functools.partial(memorized, memory_capacity=7, decay=1.0)),
@@ -82,8 +81,8 @@ NORMS = {
             memory_capacity=4,
         )
     ),
-    "averaged": Norm(AveragedBatchNorm),
-    "averaged_through": Norm(functools.partial(AveragedBatchNorm, gradient="through", decay=1.0)),
+    "endless": Norm(endless),
+    "endless_through": Norm(functools.partial(endless, gradient="through", decay=1.0)),
     "affine": Norm(Affine, statistics=False),
 }
 every_norm = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
@@ -356,6 +355,7 @@ def memory_of(*slots, capacity=None):
         "mean": jnp.asarray(np.pad(mean, pad), jnp.float32),
         "var": jnp.asarray(np.pad(var, pad, constant_values=1), jnp.float32),
         "count": jnp.asarray(np.pad(np.full(mean.shape, 8), pad), jnp.float32),
+        "rule": jnp.array([capacity, 0.97], jnp.float32),
     }
 
 
@@ -495,11 +495,11 @@ def test_a_schedule_is_the_rule_of_its_step_in_training_and_at_inference():
 
 @pytest.mark.parametrize("decay", [0.7, 1.0])
 @pytest.mark.parametrize("masked", [False, True])
-def test_an_average_is_a_memory_without_end(decay, masked):
-    average = AveragedBatchNorm(decay=decay)
+def test_a_memory_without_end_is_a_long_one(decay, masked):
+    without_end = endless(decay=decay)
     memory = MemorizedBatchNorm(decay=decay, memory_size=8)
     data = [normal(5, 4, 3, seed=seed, mean=seed, std=1 + seed) for seed in range(6)]
-    states = [layer.init(jax.random.key(0), data[0], True) for layer in (average, memory)]
+    states = [layer.init(jax.random.key(0), data[0], True) for layer in (without_end, memory)]
     for seed, x in enumerate(data):
         mask = jnp.asarray(np.random.default_rng(seed).random(x.shape) < 0.6) if masked else None
         if masked and seed == 3:
@@ -511,7 +511,7 @@ def test_an_average_is_a_memory_without_end(decay, masked):
             return (y**3).sum(), (y, state)
 
         results = []
-        for i, layer in enumerate((average, memory)):
+        for i, layer in enumerate((without_end, memory)):
             grad, (y, states[i]) = jax.grad(loss, has_aux=True)(x, layer, states[i])
             results.append((y, layer.apply(states[i], x, True), grad))
         # The same sums in another order; gradients of cubes.
@@ -548,28 +548,23 @@ def test_a_layer_called_twice_pushes_and_records_once_a_call(fast):
     close(y1, expected.train(x1))
     close(y2, expected.train(x2))
     equal(updates["batch_stats"]["norm"]["count"], np.array([[4] * 3, [8] * 3, [0] * 3]))
-    records = updates[BATCH_MOMENTS]["norm"]["moments"]
+    records = updates[BATCH_MOMENTS]["norm"][RECORDS]
     assert len(records) == 2
     for record, x in zip(records, (x1, x2), strict=True):
         # Of the batch alone, in the order of the calls.
-        assert_trees(close, tuple(record), reference.moments(x))
+        assert_trees(close, tuple(record.batch), reference.moments(x))
+        assert record.part is None
     # Neither in inference nor unless asked for.
     assert BATCH_MOMENTS not in model.apply(variables, x1, x2, mutable=["batch_stats"])[1]
     inference = Twice(layer.clone(use_running_average=True))
     assert BATCH_MOMENTS not in inference.apply(variables, x1, x2, mutable=True)[1]
 
 
-CLIPS = {"plain": {}, "clipped": {"gradient": "renorm", "r_max": 1.5, "d_max": 0.5}}
-
-
 @pytest.mark.parametrize("fast", [False, True])
-@pytest.mark.parametrize("options", CLIPS.values(), ids=CLIPS)
 @pytest.mark.parametrize("slots", [0, 2])
-def test_a_batch_masked_out_whole_pushes_nothing_and_is_normalized_by_the_memory(
-    slots, options, fast
-):
+def test_a_batch_masked_out_whole_pushes_nothing_and_is_normalized_by_the_memory(slots, fast):
     x = normal(8, 3, mean=3)
-    layer = MemorizedBatchNorm(memory_size=3, use_fast_variance=fast, **options)
+    layer = MemorizedBatchNorm(memory_size=3, use_fast_variance=fast)
     variables = layer.init(jax.random.key(0), x, use_running_average=True)
     if slots:
         variables = {"params": PARAMS, "batch_stats": memory_of(*OLD[:slots], capacity=3)}
@@ -589,7 +584,8 @@ def test_a_feature_masked_out_keeps_its_own_memory():
     variables = {"params": PARAMS, "batch_stats": memory_of(*OLD, capacity=3)}
     _, after = train(layer, variables, x, mask=jnp.array([True, False, True]))
     _, whole = train(layer, variables, x)
-    for name, value in after["batch_stats"].items():
+    for name in ("mean", "var", "count"):
+        value = after["batch_stats"][name]
         equal(value[:, 1], variables["batch_stats"][name][:, 1])
         equal(value[:, [0, 2]], whole["batch_stats"][name][:, [0, 2]])
 
@@ -612,7 +608,8 @@ def pool_with(m, v):
 
 def normalizing(m, v, **options):
     options = {"epsilon": EPSILON, **options}
-    return statistics_with_gradient(Moments(m, v, jnp.full(3, 8.0)), *pool_with(m, v), **options)
+    function = with_gradient if "gradient" in options else clipped_renorm
+    return function(Moments(m, v, jnp.full(3, 8.0)), *pool_with(m, v), **options)
 
 
 BATCH = jnp.array([1.0, -0.7, 0.3]), jnp.array([0.5, 2.0, 0.1])
@@ -642,13 +639,21 @@ def test_through_differentiates_the_pool_as_it_stands():
         close(dvar_dm, own * 2 * a_0 * (BATCH[0] - mean))
 
 
-@pytest.mark.parametrize("limits", [{}, {"r_max": 1.1}, {"d_max": 0.2}, {"r_max": 3, "d_max": 3}])
+@pytest.mark.parametrize(
+    "limits",
+    [
+        {},
+        {"r_max": 1.1, "d_max": np.inf},
+        {"r_max": np.inf, "d_max": 0.2},
+        {"r_max": 3, "d_max": 3},
+    ],
+)
 def test_renorm_is_batch_renormalization_in_value_and_gradient(limits):
     mean, var = pool_with(*BATCH)
     x = normal(3, seed=1)
 
     def output(x, m, v):
-        mean, var = normalizing(m, v, gradient="renorm", **limits)
+        mean, var = normalizing(m, v, **(limits or {"gradient": "renorm"}))
         return (x - mean) / jnp.sqrt(var + EPSILON)
 
     expected = functools.partial(ioffe, mean=mean, var=var, **limits)
@@ -674,7 +679,7 @@ def test_without_a_clip_the_values_are_the_pools_to_the_bit(gradient):
 def test_complex_d_is_clipped_in_size_and_keeps_its_angle():
     m, v = jnp.array([3 + 4j]), jnp.array([1.0])
     batch = Moments(m, v, jnp.array([8.0]))
-    mean, _ = statistics_with_gradient(batch, 0 * m, v, gradient="renorm", epsilon=0.0, d_max=1.0)
+    mean, _ = clipped_renorm(batch, 0 * m, v, epsilon=0.0, r_max=np.inf, d_max=1.0)
     # d = 3 + 4i of size 5 becomes 0.6 + 0.8i.
     close(m - mean, [0.6 + 0.8j])
 
@@ -906,30 +911,15 @@ def test_groups_of_devices_are_batches_of_their_own(fast):
         ({"decay": 0.0}, r"decay must be in \(0, 1\], got 0"),
         ({"decay": 1.1}, r"decay must be in \(0, 1\], got 1\.1"),
         ({"decay": float("nan")}, r"decay must be in \(0, 1\], got nan"),
+        ({"memory_size": None, "decay": np.float32(3)}, r"decay must be in \(0, 1\], got 3"),
         ({"gradient": "exact"}, r"gradient must be one of .*'renorm'.*got 'exact'"),
-        ({"r_max": 3.0}, r"r_max .*needs gradient='renorm', got gradient='auto'"),
-        ({"d_max": 5.0, "gradient": "through"}, r"d_max .*needs gradient='renorm'.*'through'"),
-        ({"r_max": 0.9, "gradient": "renorm"}, r"r_max must be 1 or more, got 0\.9"),
-        ({"d_max": -1.0, "gradient": "renorm"}, r"d_max must be 0 or more, got -1"),
+        ({"memory_size": None, "memory_capacity": 4}, "needs a memory_size that is not None"),
         ({"axis_index_groups": ((0, 1),)}, "axis_index_groups divides a named axis"),
     ],
 )
 def test_impossible_options_are_refused_on_construction(options, message):
     with pytest.raises(ValueError, match=message):
         MemorizedBatchNorm(**options)
-
-
-@pytest.mark.parametrize(
-    ("decay", "message"),
-    [
-        (0.0, r"decay must be in \(0, 1\], got 0.0"),
-        (np.float32(3), r"decay must be in \(0, 1\], got 3"),
-        (lambda step: 0.5, "takes a number as decay, got a function"),
-    ],
-)
-def test_impossible_decays_of_an_average_are_refused(decay, message):
-    with pytest.raises(ValueError, match=message):
-        AveragedBatchNorm(decay=decay)
 
 
 def test_traced_memory_size_needs_a_capacity():

@@ -10,14 +10,13 @@ import pytest
 
 from mbn_jax import MemorizedBatchNorm
 from mbn_jax.core.batch_stats import pool_batch_stats
-from mbn_jax.linen.averaged import AveragedBatchNorm
 from mbn_jax.linen.batch_renorm import BatchRenorm
 from mbn_jax.linen.virtual_batches import VirtualBatches
 from mbn_jax.parallel.devices import AXIS_NAME
 
 NORMS = {
     "memorized": functools.partial(MemorizedBatchNorm, memory_size=3),
-    "averaged": AveragedBatchNorm,
+    "endless": functools.partial(MemorizedBatchNorm, memory_size=None),
     "batch": nn.BatchNorm,
     "batch_renorm": functools.partial(BatchRenorm, r_max=2.0, d_max=1.0),
 }
@@ -53,6 +52,7 @@ def test_each_group_is_a_layer_of_its_own(norm, masked):
             expected, alone[group] = train(norm(), alone[group], x[part], **options_alone)
             close(y[part], expected)
     stacked = jax.tree.map(lambda *s: jnp.stack(s), *(v["batch_stats"] for v in alone))
+    stacked["groups"] = jnp.arange(3)
     jax.tree.map(close, variables["batch_stats"], stacked)
     pooled = {**alone[0], "batch_stats": pool_batch_stats(stacked)}
     close(
@@ -71,6 +71,7 @@ def test_parameters_are_where_they_would_be_and_init_binds_no_batch(norm):
             variables = virtual.init(jax.random.key(0), example)
             jax.tree.map(np.testing.assert_array_equal, variables["params"], plain["params"])
             stacked = jax.tree.map(lambda s: jnp.stack([s] * 3), plain["batch_stats"])
+            stacked["groups"] = jnp.arange(3)
             jax.tree.map(np.testing.assert_array_equal, variables["batch_stats"], stacked)
 
 

@@ -13,7 +13,7 @@ import stepping
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from mbn_jax import AveragedBatchNorm, MemorizedBatchNorm, TrainState, make_train_step
+from mbn_jax import MemorizedBatchNorm, TrainState, make_train_step
 from mbn_jax.core.batch_stats import pool_batch_stats
 from mbn_jax.parallel.devices import (
     AXIS_NAME,
@@ -197,7 +197,7 @@ def test_donation_reuses_the_state_and_spares_what_it_was_made_from(runtime):
 COUNTS = (1, 2, 4, 8)
 LAYERS_OF_NORM = {
     "memorized": NORMS["memorized"],
-    "averaged": AveragedBatchNorm,
+    "endless": functools.partial(MemorizedBatchNorm, memory_size=None),
     "batch": nn.BatchNorm,
 }
 

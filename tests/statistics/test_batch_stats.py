@@ -12,7 +12,6 @@ import reference
 
 from mbn_jax import MemorizedBatchNorm, TrainState, make_train_step
 from mbn_jax.core.batch_stats import inference_statistics, pool_batch_stats
-from mbn_jax.linen.averaged import AveragedBatchNorm
 from mbn_jax.linen.batch_renorm import BatchRenorm
 from mbn_jax.linen.virtual_batches import VirtualBatches
 from mbn_jax.statistics.batch_norm import from_batch_norm, to_batch_norm
@@ -27,7 +26,7 @@ NORMS = {
         memory_capacity=4,
         decay=0.8,
     ),
-    "averaged": functools.partial(AveragedBatchNorm, decay=0.8),
+    "endless": functools.partial(MemorizedBatchNorm, memory_size=None, decay=0.8),
     "batch_renorm": BatchRenorm,
     "batch": nn.BatchNorm,
     "virtual": lambda use_running_average: VirtualBatches(
@@ -75,9 +74,7 @@ def variables_of(state):
 def test_folded_into_batch_norm_the_network_infers_the_same(norm):
     model, x = Net(NORMS[norm]), data(seed=1)[0]
     variables = variables_of(trained(model))
-    schedule = {**RULE, "memory_size": optax.linear_schedule(1, 4, 4)}
-    rule = schedule if norm == "schedule" else RULE
-    folded = to_batch_norm(variables, **rule, virtual_batches=norm == "virtual")
+    folded = to_batch_norm(variables)
     batch_norm = Net(nn.BatchNorm)
     plain = batch_norm.init(jax.random.key(0), x, train=False)
     assert jax.tree.map(jnp.shape, folded) == jax.tree.map(jnp.shape, plain)
@@ -107,9 +104,9 @@ def test_started_from_a_batch_norm_checkpoint_the_network_infers_the_same(norm):
         _, updates = model.apply(started, x, train=True, mutable=["batch_stats"])
         count = updates["batch_stats"]["MemorizedBatchNorm_0"]["count"]
         assert count[:, 0].tolist() == [16.0, 1.0, 0.0, 0.0]
-    if norm == "averaged":
+    if norm == "endless":
         _, updates = model.apply(started, x, train=True, mutable=["batch_stats"])
-        weight = updates["batch_stats"]["AveragedBatchNorm_0"]["weight"]
+        weight = updates["batch_stats"]["MemorizedBatchNorm_0"]["weight"]
         np.testing.assert_allclose(weight, 1.8, rtol=1e-6)
 
 
@@ -117,15 +114,20 @@ def test_what_cannot_be_folded_or_started_from_is_refused():
     fresh = Net(NORMS["memorized"]).init(jax.random.key(0), data()[0], train=False)
     other = {**fresh, "params": {**fresh["params"], "Dense_0": {"kernel": jnp.zeros((5, 6))}}}
     with pytest.raises(ValueError, match=r"same network with BatchNorm, and differs in .*Dense_0"):
-        from_batch_norm(to_batch_norm(fresh, **RULE), other)
-    narrow = to_batch_norm(fresh, **RULE)
+        from_batch_norm(to_batch_norm(fresh), other)
+    narrow = to_batch_norm(fresh)
     narrow["params"]["BatchNorm_1"]["scale"] = jnp.ones(3)
     with pytest.raises(ValueError, match="differs in params/BatchNorm_1/scale"):
         from_batch_norm(narrow, fresh)
     ones = {"mean": jnp.ones(1), "var": jnp.ones(1)}
     both = {"batch_stats": {"BatchNorm_0": ones, "BatchRenorm_0": ones}}
-    with pytest.raises(ValueError, match="give the memory_size and the decay"):
-        to_batch_norm(fresh)
+    without_rule = {"batch_stats": {"norm": {**ones, "count": jnp.ones(1)}}}
+    with pytest.raises(ValueError, match="need its 'rule'"):
+        to_batch_norm(without_rule)
+    narrow = to_batch_norm(fresh)
+    narrow["batch_stats"]["BatchNorm_1"]["mean"] = jnp.ones(3)
+    with pytest.raises(ValueError, match=r"_1 expected statistics of shape \(4,\), got \(3,\)"):
+        from_batch_norm(narrow, fresh)
     with pytest.raises(ValueError, match=r"two layers of .*BatchRenorm_0.* would have one name"):
         to_batch_norm(both)
 
@@ -170,7 +172,7 @@ def test_a_frozen_norm_is_fine_tuned_around(norm):
 
     state = trained(Net(NORMS[norm]))
     model, tx = Net(frozen), optax.sgd(0.1)
-    step = jax.jit(make_train_step(model.apply, tx, loss_fn))
+    step = jax.jit(make_train_step(model.apply, tx, loss_fn, frozen_statistics=True))
     start = TrainState.create(variables_of(state), tx, jax.random.key(1))
     after, _ = step(start, data()[0])
     jax.tree.map(np.testing.assert_array_equal, after.batch_stats, start.batch_stats)
@@ -208,12 +210,8 @@ def test_recalibrated_statistics_are_those_of_the_training_data(norm):
     # In several batches the first layer, which no other's statistics reach, is the same.
     first = next(iter(stats))
     pieces = recalibrate(apply, variables, batches)[first]
-    rule = {**RULE} if norm != "schedule" else {"memory_size": 4, "decay": 0.8}
-    groups = (lambda s: s) if norm != "virtual" else pool_batch_stats
     for got, wanted in zip(
-        inference_statistics(groups(pieces), **rule),
-        inference_statistics(groups(stats[first]), **rule),
-        strict=True,
+        inference_statistics(pieces), inference_statistics(stats[first]), strict=True
     ):
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
 
@@ -234,7 +232,7 @@ def test_averaged_weights_need_recalibration_and_get_it():
     for name, moments in inputs.items():
         found[name] = []
         for kept in (variables["batch_stats"], stats):
-            mean, _ = inference_statistics(kept[name], **RULE)
+            mean, _ = inference_statistics(kept[name])
             found[name].append(float(jnp.abs(mean - moments.mean).max()))
     # The first layer's are exact; the second's are of inputs normalized in three batches.
     first, second = found["MemorizedBatchNorm_0"], found["MemorizedBatchNorm_1"]

@@ -1,4 +1,4 @@
-"""A second forward on a part of the batch, or in some steps only."""
+"""A second forward on a part of the batch."""
 
 import functools
 
@@ -8,12 +8,26 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from stepping import Net, changing, loss_fn, memorized, moments, run, run_on_devices, stats_of
+from stepping import (
+    Net,
+    changing,
+    endless,
+    loss_fn,
+    memorized,
+    moments,
+    run,
+    run_on_devices,
+    stats_of,
+)
 from stepping import batches as any_batches
 
 from mbn_jax import MemorizedBatchNorm, TrainState, make_train_step
-from mbn_jax.core.records import BATCH_MOMENTS, record_part
-from mbn_jax.linen.averaged import AveragedBatchNorm
+from mbn_jax.core.double_forward import (
+    BATCH_MOMENTS,
+    RECORDS,
+    SecondForward,
+    forwards_of,
+)
 from mbn_jax.linen.batch_renorm import BatchRenorm
 from mbn_jax.linen.virtual_batches import VirtualBatches
 from mbn_jax.parallel.devices import AXIS_NAME, first_device
@@ -21,9 +35,7 @@ from mbn_jax.parallel.devices import AXIS_NAME, first_device
 batches = functools.partial(any_batches, size=32)
 run_quarter = functools.partial(run, double_forward_fraction=0.25)
 both_modes = pytest.mark.parametrize("mode", ["rewrite", "transport"])
-both_norms = pytest.mark.parametrize(
-    "norm", [memorized, AveragedBatchNorm], ids=["memorized", "averaged"]
-)
+both_norms = pytest.mark.parametrize("norm", [memorized, endless], ids=["memorized", "endless"])
 
 
 @both_modes
@@ -96,15 +108,7 @@ class Dropped(nn.Module):
 
 
 @both_modes
-@pytest.mark.parametrize(
-    "norm",
-    [
-        memorized,
-        AveragedBatchNorm,
-        functools.partial(memorized, gradient="renorm", r_max=1.05, d_max=0.05),
-    ],
-    ids=["memorized", "averaged", "clipped"],
-)
+@both_norms
 def test_at_rate_0_nothing_moves_and_dropout_draws_the_same(norm, mode):
     data, tx = batches(5), optax.sgd(0.0)
     moved = run_quarter(Dropped(norm), tx, data, mode).batch_stats
@@ -202,36 +206,6 @@ def test_a_layer_called_twice_moves_by_the_part_of_each_call():
         np.testing.assert_allclose(stats_of(state)["mean"][slot], x.mean(0), atol=1e-5)
 
 
-@pytest.mark.parametrize("mode", ["rewrite", "transport"])
-def test_a_second_forward_in_every_other_step(mode):
-    data, tx, model = batches(2), optax.sgd(0.3), Net()
-    first = run(model, tx, data[:1], mode, double_forward_every=2)
-    plain = run(model, tx, data[:1], "off")
-    jax.tree.map(np.testing.assert_array_equal, first.batch_stats, plain.batch_stats)
-    second = run(model, tx, data[1:], mode, state=first, double_forward_every=2)
-    full = run(model, tx, data[1:], mode, state=plain)
-    # In a branch, and not.
-    close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6)
-    jax.tree.map(close, second.batch_stats, full.batch_stats)
-    off = run(model, tx, data[1:], "off", state=plain)
-    assert np.abs(stats_of(second)["mean"] - stats_of(off)["mean"]).max() > 1e-3
-
-
-def test_devices_agree_on_the_steps_without_a_second_forward():
-    norm = functools.partial(memorized, axis_name=AXIS_NAME)
-    model, tx, data = Net(norm), optax.sgd(0.2), batches(4)
-    ends = [
-        first_device(
-            run_on_devices(
-                model, tx, data.reshape(4, count, -1, 5), count, double_forward_every=2
-            ).batch_stats
-        )
-        for count in (1, 2)
-    ]
-    # Sums over devices in another order.
-    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5), *ends)
-
-
 def test_what_is_traced_for_one_part_is_not_reused_for_another():
     model = Net(nn.jit(MemorizedBatchNorm))
     data, tx = batches(2), optax.sgd(0.0)
@@ -241,19 +215,6 @@ def test_what_is_traced_for_one_part_is_not_reused_for_another():
         # At rate 0 nothing moves, but for rounding of moments in two programs.
         close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6)
         jax.tree.map(close, moved, first)
-
-
-def test_by_the_offset_alone():
-    data, tx = batches(3), optax.sgd(0.3)
-    norm = functools.partial(memorized, transport_scale=False)
-    before = run(Net(norm), tx, data[:2])
-    old, new = stats_of(before), stats_of(run(Net(norm), tx, data[2:], state=before))
-    first = run(Net(norm), tx, data[2:], "off", state=before)
-    offset = new["mean"][0] - stats_of(first)["mean"][0]
-    assert np.abs(offset).max() > 1e-3
-    # Sums of three numbers of order 1.
-    np.testing.assert_allclose(new["mean"][1:3], old["mean"][:2] + offset[None], atol=1e-6)
-    np.testing.assert_array_equal(new["var"][1:3], old["var"][:2])
 
 
 def test_the_second_forward_computes_the_part_only():
@@ -304,8 +265,6 @@ def test_what_cannot_be_done_is_refused():
         run_quarter(Lifted(), tx, data, "rewrite")
     for options, message in (
         ({"double_forward_fraction": 0.0}, r"in \(0, 1\], got 0.0"),
-        ({"double_forward_every": 0}, "1 or more, got 0"),
-        ({"double_forward": "off", "double_forward_every": 2}, "is 'off'"),
         ({"double_forward": "off", "double_forward_fraction": 0.5}, "is 'off'"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -337,10 +296,11 @@ def test_the_part_is_recorded_while_it_is_asked_for():
     model, x = Net(), batches(1)[0]
     variables = model.init(jax.random.key(0), x, train=False)
 
-    def recorded():
+    def parts():
         _, updates = model.apply(variables, x, train=True, mutable=["batch_stats", BATCH_MOMENTS])
-        return set(updates[BATCH_MOMENTS]["MemorizedBatchNorm_0"])
+        return [record.part for record in updates[BATCH_MOMENTS]["MemorizedBatchNorm_0"][RECORDS]]
 
-    with record_part(32, 16):
-        assert recorded() == {"moments", "moments_of_part"}
-    assert recorded() == {"moments"}
+    with forwards_of(SecondForward("rewrite", 0.5), 32):
+        (part,) = parts()
+    assert part.count.tolist() == [16] * 6
+    assert parts() == [None]

@@ -1,0 +1,40 @@
+"""What the normalization layers for `flax.linen` share: options, parameters, the flag."""
+
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from mbn_jax.core.moments import Array
+from mbn_jax.core.normalization import NormOptions
+
+
+def check_axis_groups(layer: Any) -> None:
+    """Raises ValueError where a layer has groups of a named axis, but no such axis."""
+    if layer.axis_index_groups is not None and layer.axis_name is None:
+        raise ValueError("axis_index_groups divides a named axis; give axis_name too.")
+
+
+def options_of(layer: Any) -> NormOptions:
+    """Returns a layer's options; initialization needs no named axis."""
+    return NormOptions.of(layer, layer.name or "", synced=not layer.is_initializing())
+
+
+def is_inference(layer: Any, use_running_average: bool | None) -> bool:
+    """Returns the flag, which is given once: as an attribute or in the call."""
+    return nn.merge_param("use_running_average", layer.use_running_average, use_running_average)
+
+
+def scale_and_bias(layer: Any, shape: tuple[int, ...]) -> dict[str, Array | None]:
+    """Declares the learned parameters of a layer, as `NormOptions.normalize` takes them."""
+    names = {"scale": layer.use_scale, "bias": layer.use_bias}
+    inits = {"scale": layer.scale_init, "bias": layer.bias_init}
+    return {
+        name: layer.param(name, inits[name], shape, layer.param_dtype) if is_used else None
+        for name, is_used in names.items()
+    }
+
+
+def is_number(value: Any) -> bool:
+    """Returns whether an option is a number that can be checked: not traced, not a function."""
+    return not callable(value) and not isinstance(value, jax.core.Tracer)
