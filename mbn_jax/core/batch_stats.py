@@ -216,7 +216,7 @@ def with_moments(layer_stats: PyTree, moments: Moments) -> PyTree:
             new = jnp.expand_dims(new, tuple(range(leading, leading + missing)))
         if not slots:
             return jnp.broadcast_to(new, shape)
-        axis = value.ndim - layout.feature_rank - 1
+        axis = (layout.stacked or 0) + layout.has_groups
         newest = (*(slice(None),) * axis, 0)
         return (
             jnp.zeros_like(value)

@@ -39,7 +39,8 @@ def memory_weights(
     dtype = count.dtype
     age = newest_age + jnp.arange(count.shape[0]).reshape((-1,) + (1,) * (count.ndim - 1))
     weight = jnp.asarray(decay, dtype) ** age.astype(dtype)
-    in_use = (age < memory_size) & (age < count.shape[0])
+    # As floats, because a size that a schedule gives need not be whole.
+    in_use = (age.astype(dtype) < jnp.asarray(memory_size, dtype)) & (age < count.shape[0])
     return jnp.where((count > 0) & in_use, weight, 0)
 
 
@@ -50,8 +51,10 @@ def rule_at(memory_size: Schedule | None, decay: Schedule, step: Array) -> tuple
     >>> float(size), decay
     (1.0, 0.5)
     """
-    size = memory_size if memory_size is None else value_at(memory_size, step)
-    return jnp.maximum(size, 1) if callable(memory_size) else size, value_at(decay, step)
+    size: Any = memory_size
+    if callable(memory_size):
+        size = jnp.maximum(value_at(memory_size, step), 1)
+    return size, value_at(decay, step)
 
 
 def pool(slots: Moments, weights: Array) -> Moments:
@@ -179,7 +182,8 @@ class Slots:
         size = jnp.asarray(jnp.ceil(self.memory_size), jnp.int32)
         oldest = jnp.minimum(size, slots.count.shape[0]) - 1
         slot = Moments(*(value[oldest] for value in slots))
-        weight = jnp.asarray(self.decay, slot.count.dtype) ** (oldest + 1)
+        dtype = slot.count.dtype
+        weight = jnp.asarray(self.decay, dtype) ** (oldest + 1).astype(dtype)
         return slot._replace(count=jnp.where(slot.count > 0, weight, 0))
 
     def pushed(self, slots: Moments, batch: Moments) -> Moments:

@@ -35,6 +35,17 @@ class Moments(NamedTuple):
     count: Array  # type: ignore[assignment]  # Not the method of tuples.
 
 
+def common_dtype(*dtypes: Any) -> Any:
+    """Returns the dtype that holds all, also where JAX forbids implicit promotion.
+
+    >>> with jax.numpy_dtype_promotion('strict'):
+    ...     common_dtype('bfloat16', 'float32')
+    dtype('float32')
+    """
+    with jax.numpy_dtype_promotion("standard"):
+        return jnp.result_type(*map(jnp.dtype, dtypes))
+
+
 def abs_sq(x: Array) -> Array:
     """Returns |x|^2 elementwise, real for complex input."""
     if jnp.iscomplexobj(x):
@@ -98,15 +109,15 @@ def batch_moments(
     """
     dtype = jnp.dtype(dtype or x.dtype)
     if force_float32_reductions:
-        dtype = jnp.promote_types(dtype, jnp.float32)
+        dtype = common_dtype(dtype, jnp.float32)
     if jnp.iscomplexobj(x):
-        dtype = jnp.promote_types(dtype, jnp.complex64)
+        dtype = common_dtype(dtype, jnp.complex64)
     axes = tuple(axes)
     x = x.astype(dtype)
     feature_shape = tuple(n for i, n in enumerate(x.shape) if i not in axes)
     real_dtype = jnp.finfo(dtype).dtype
     # Counts and sums of them leave float16's range at once.
-    count_dtype = jnp.promote_types(real_dtype, jnp.float32)
+    count_dtype = common_dtype(real_dtype, jnp.float32)
     if mask is None:
         count = jnp.full(feature_shape, math.prod(x.shape[i] for i in axes), count_dtype)
     else:
@@ -116,7 +127,7 @@ def batch_moments(
         count = mask.sum(axes, dtype=count_dtype)
 
     def wide(values: Array):
-        return jnp.promote_types(values.dtype, count_dtype)
+        return common_dtype(values.dtype, count_dtype)
 
     def average(values: Array) -> Array:
         if mask is None:

@@ -5,14 +5,21 @@ import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 
 from mbn_jax.core.double_forward import Forwards, Record
 from mbn_jax.core.gradient import gradient_rule, with_gradient
 from mbn_jax.core.memory import Endless, Slots, pool_of_two
-from mbn_jax.core.moments import Array, AxisName, Moments, batch_moments, is_usable, select
+from mbn_jax.core.moments import (
+    Array,
+    AxisName,
+    Moments,
+    batch_moments,
+    common_dtype,
+    is_usable,
+    select,
+)
 from mbn_jax.core.transport import transport
 
 
@@ -85,11 +92,11 @@ class NormOptions:
         """Returns the dtypes of mean, variance and count for an input of `dtype`."""
         var_dtype = jnp.dtype(self.param_dtype)
         if self.force_float32_reductions:
-            var_dtype = jnp.finfo(jnp.promote_types(self.dtype or dtype, jnp.float32)).dtype
+            var_dtype = jnp.finfo(common_dtype(self.dtype or dtype, jnp.float32)).dtype
         mean_dtype = var_dtype
         if jnp.issubdtype(dtype, jnp.complexfloating):
-            mean_dtype = jnp.promote_types(var_dtype, jnp.complex64)
-        return mean_dtype, var_dtype, jnp.promote_types(var_dtype, jnp.float32)
+            mean_dtype = common_dtype(var_dtype, jnp.complex64)
+        return mean_dtype, var_dtype, common_dtype(var_dtype, jnp.float32)
 
     def moments(self, x: Array, mask: Array | None, center: Array) -> Moments:
         """Returns the moments of a batch `[*F]`, in one pass around `center` if that is wanted."""
@@ -152,7 +159,7 @@ class NormOptions:
         y = _multiply(y, jnp.expand_dims(multiplier, axes))
         y = _promoted(jnp.add, y, jnp.expand_dims(shift, axes))
         used = [value for value in (x, scale, bias) if value is not None]
-        return y.astype(self.dtype or jnp.result_type(*_same_dtype(*used)))
+        return y.astype(self.dtype or common_dtype(*(value.dtype for value in used)))
 
 
 def canonical_axes(rank: int, axis: int | Sequence[int]) -> tuple[int, ...]:
@@ -168,8 +175,7 @@ def canonical_axes(rank: int, axis: int | Sequence[int]) -> tuple[int, ...]:
 
 def _same_dtype(*values: Array) -> list[Array]:
     """Casts arrays to their common dtype, also where JAX forbids implicit promotion."""
-    with jax.numpy_dtype_promotion("standard"):
-        dtype = jnp.result_type(*values)
+    dtype = common_dtype(*(value.dtype for value in values))
     return [value.astype(dtype) for value in values]
 
 

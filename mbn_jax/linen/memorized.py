@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -14,6 +14,7 @@ from mbn_jax.core.double_forward import (
     FIRST_BATCH_MOMENTS,
     RECORDS,
     USED,
+    Record,
     current_forwards,
 )
 from mbn_jax.core.gradient import GRADIENTS
@@ -160,14 +161,14 @@ class MemorizedBatchNorm(nn.Module):
         inference = is_inference(self, use_running_average)
         options = options_of(self)
         x = options.as_input(x)
-        variables = self._memory(options, x, inference)
+        variables = _memory(self, options, x, inference)
         memory = Moments(*(variable.value for variable in variables))
-        rule, count_call = self._rule(inference, memory.count.dtype)
+        rule, count_call = _rule(self, inference, memory.count.dtype)
         parameters = scale_and_bias(self, options.feature_shape(x))
         if inference:
             mean, var, _ = rule.pooled(lax.stop_gradient(memory))
             return options.normalize(x, mean, var, **parameters)
-        first = self._first_forward()
+        first = _first_forward(self)
         result = memorize(x, mask, memory, rule, options, self.gradient, current_forwards(), first)
         if not self.is_initializing():
             self.sow(BATCH_MOMENTS, RECORDS, result.record)
@@ -178,76 +179,84 @@ class MemorizedBatchNorm(nn.Module):
             count_call()
         return options.normalize(x, result.mean, result.var, **parameters, center=result.center)
 
-    def _memory(self, options: NormOptions, x: Array, inference: bool) -> list[nn.Variable]:
-        """Declares the memory, empty at first, and checks one that was handed in."""
-        is_endless = self.memory_size is None
-        names = ("mean", "var", "weight" if is_endless else "count")
-        features = options.feature_shape(x)
-        slots = () if is_endless else (self.memory_capacity or int(self.memory_size),)
-        wanted = "(*features)" if is_endless else "(slots, *features)"
-        dtypes = options.statistics_dtypes(x.dtype)
-        if self.has_variable("batch_stats", "mean") and not self.has_variable(
-            "batch_stats", names[2]
-        ):
+
+# Functions, not methods: flax runs each method of a module on its own to count its FLOPs.
+
+
+def _memory(
+    layer: MemorizedBatchNorm, options: NormOptions, x: Array, inference: bool
+) -> list[nn.Variable]:
+    """Declares the memory, empty at first, and checks one that was handed in."""
+    is_endless = layer.memory_size is None
+    names = ("mean", "var", "weight" if is_endless else "count")
+    features = options.feature_shape(x)
+    slots = () if is_endless else (layer.memory_capacity or int(cast(int, layer.memory_size)),)
+    wanted = "(*features)" if is_endless else "(slots, *features)"
+    dtypes = options.statistics_dtypes(x.dtype)
+    if layer.has_variable("batch_stats", "mean") and not layer.has_variable(
+        "batch_stats", names[2]
+    ):
+        raise ValueError(
+            f"{options.layer} expected a memory with {names[2]!r}, got the statistics of "
+            "another layer; start from a BatchNorm checkpoint by mbn_jax.from_batch_norm."
+        )
+    inits = (jnp.zeros, jnp.ones, jnp.zeros)
+    variables = [
+        layer.variable("batch_stats", name, init, (*slots, *features), dtype)
+        for name, init, dtype in zip(names, inits, dtypes, strict=True)
+    ]
+    for variable, dtype in zip(variables, dtypes, strict=True):
+        if variable.value.shape != (*slots, *features):
             raise ValueError(
-                f"{options.layer} expected a memory with {names[2]!r}, got the statistics of "
-                "another layer; start from a BatchNorm checkpoint by mbn_jax.from_batch_norm."
+                f"{options.layer} expected a memory of shape {(*slots, *features)} {wanted}, "
+                f"got {variable.value.shape}; build the layer with the memory_size or "
+                "memory_capacity that its batch_stats were made with."
             )
-        inits = (jnp.zeros, jnp.ones, jnp.zeros)
-        variables = [
-            self.variable("batch_stats", name, init, (*slots, *features), dtype)
-            for name, init, dtype in zip(names, inits, dtypes, strict=True)
-        ]
-        for variable, dtype in zip(variables, dtypes, strict=True):
-            if variable.value.shape != (*slots, *features):
-                raise ValueError(
-                    f"{options.layer} expected a memory of shape {(*slots, *features)} {wanted}, "
-                    f"got {variable.value.shape}; build the layer with the memory_size or "
-                    "memory_capacity that its batch_stats were made with."
-                )
-            if not inference and jnp.finfo(variable.value.dtype).bits < jnp.finfo(dtype).bits:
-                raise ValueError(
-                    f"{options.layer} expected a memory of {dtype}, got {variable.value.dtype}; "
-                    "leave batch_stats out of a policy that casts variables."
-                )
-        is_complex = jnp.issubdtype(dtypes[0], jnp.complexfloating)
-        if is_complex and not jnp.iscomplexobj(variables[0].value):
+        if not inference and jnp.finfo(variable.value.dtype).bits < jnp.finfo(dtype).bits:
             raise ValueError(
-                f"{options.layer} got complex inputs, but its memory was initialized with real "
-                "ones; initialize it with complex inputs."
+                f"{options.layer} expected a memory of {dtype}, got {variable.value.dtype}; "
+                "leave batch_stats out of a policy that casts variables."
             )
-        return variables
-
-    def _rule(self, inference: bool, dtype: Any) -> tuple[Slots | Endless, Any]:
-        """Returns the memory's rule in this call, and a function that records the call."""
-        steps, step = None, jnp.zeros((), jnp.int32)
-        if callable(self.memory_size) or callable(self.decay):
-            steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
-            # Inference uses the rule of the last training call.
-            step = jnp.maximum(steps.value - 1, 0) if inference else steps.value
-        size, decay = rule_at(self.memory_size, self.decay, step)
-        shown = jnp.inf if size is None else size
-        numbers = jnp.stack([jnp.asarray(value, dtype) for value in (shown, decay)])
-        numbers = lax.stop_gradient(numbers)
-        if not inference or self.is_initializing():
-            recorded = self.variable("batch_stats", "rule", lambda: numbers)
-
-        def count_call() -> None:
-            recorded.value = numbers
-            if steps is not None:
-                steps.value += 1
-
-        return Endless(decay) if size is None else Slots(size, decay), count_call
-
-    def _first_forward(self) -> FirstForward | None:
-        """Returns what the first forward of this step recorded for this call, if anything."""
-        if not self.has_variable(FIRST_BATCH_MOMENTS, RECORDS):
-            return None
-        records = self.get_variable(FIRST_BATCH_MOMENTS, RECORDS)
-        return FirstForward(records, len(self.get_variable(BATCH_MOMENTS, RECORDS, ())))
+    is_complex = jnp.issubdtype(dtypes[0], jnp.complexfloating)
+    if is_complex and not jnp.iscomplexobj(variables[0].value):
+        raise ValueError(
+            f"{options.layer} got complex inputs, but its memory was initialized with real "
+            "ones; initialize it with complex inputs."
+        )
+    return variables
 
 
-def _check_memory(size: Schedule | None, decay: Schedule, capacity: int | None) -> None:
+def _rule(layer: MemorizedBatchNorm, inference: bool, dtype: Any) -> tuple[Slots | Endless, Any]:
+    """Returns the memory's rule in this call, and a function that records the call."""
+    steps, step = None, jnp.zeros((), jnp.int32)
+    if callable(layer.memory_size) or callable(layer.decay):
+        steps = layer.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
+        # Inference uses the rule of the last training call.
+        step = jnp.maximum(steps.value - 1, 0) if inference else steps.value
+    size, decay = rule_at(layer.memory_size, layer.decay, step)
+    shown = jnp.inf if size is None else size
+    numbers = jnp.stack([jnp.asarray(value, dtype) for value in (shown, decay)])
+    numbers = lax.stop_gradient(numbers)
+    if not inference or layer.is_initializing():
+        recorded = layer.variable("batch_stats", "rule", lambda: numbers)
+
+    def count_call() -> None:
+        recorded.value = numbers
+        if steps is not None:
+            steps.value += 1
+
+    return Endless(decay) if size is None else Slots(size, decay), count_call
+
+
+def _first_forward(layer: MemorizedBatchNorm) -> FirstForward | None:
+    """Returns what the first forward of this step recorded for this call, if anything."""
+    if not layer.has_variable(FIRST_BATCH_MOMENTS, RECORDS):
+        return None
+    records: tuple[Record, ...] = layer.get_variable(FIRST_BATCH_MOMENTS, RECORDS)
+    return FirstForward(records, len(layer.get_variable(BATCH_MOMENTS, RECORDS, ())))
+
+
+def _check_memory(size: Any, decay: Any, capacity: int | None) -> None:
     """Raises ValueError where a number is impossible; traced ones and functions are trusted."""
     if capacity is not None and (size is None or capacity < 1):
         needs = "must be 1 or more" if size is not None else "needs a memory_size that is not None"

@@ -124,7 +124,7 @@ def _check_metrics(metrics: Mapping[str, Any]) -> None:
     if "batch_stats" in metrics:
         raise ValueError(f"{EXPECTED}, got the updates in place of the metrics; swap them.")
     for name, value in metrics.items():
-        if jax.tree.structure(value) != jax.tree.structure(0) or jnp.ndim(value):
+        if not jax.tree_util.all_leaves([value]) or jnp.ndim(value):
             raise ValueError(f"The metric {name!r} must be a scalar, got {_described(value)}.")
 
 

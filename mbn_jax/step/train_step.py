@@ -3,6 +3,7 @@
 Works for any Flax model and any normalization layer that keeps `batch_stats`.
 """
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -61,7 +62,8 @@ def make_train_step(
 
     Args:
       apply_fn: `model.apply`.
-      tx: the optimizer. It also gets `value`, `grad` and `value_fn`, for those that use them.
+      tx: the optimizer. Its `update` also gets `value` (the loss), `grad` and `value_fn` (the loss
+        of this batch as a function of the parameters), if it takes them.
       loss_fn: `loss_fn(apply, batch) -> (loss, (metrics, updates))`, a pure function, traced once
         for each forward. `apply` is `model.apply` bound to the variables, the mutable collections
         and the random keys of this forward; it returns `(outputs, updates)`. `metrics` is a dict of
@@ -113,7 +115,7 @@ def make_train_step(
     (1, 2.0)
     """
     second = SecondForward(double_forward, double_forward_fraction)
-    tx = optax.with_extra_args_support(tx)
+    extra_names = _extra_arguments(tx)
 
     def train_step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, jax.Array]]:
         _check_state(state)
@@ -135,14 +137,13 @@ def make_train_step(
         metrics = {k: jnp.asarray(v, jnp.float32) for k, v in {"loss": loss, **metrics}.items()}
         if axis_name is not None:
             grads, metrics = lax.pmean((grads, metrics), axis_name)
-        deltas, opt_state = tx.update(
-            grads,
-            state.opt_state,
-            state.params,
-            value=metrics["loss"],
-            grad=grads,
-            value_fn=_value_fn(lambda params: forward(params, batch)[0], axis_name),
-        )
+        extra = {
+            "value": metrics["loss"],
+            "grad": grads,
+            "value_fn": _value_fn(lambda params: forward(params, batch)[0], axis_name),
+        }
+        taken = {name: extra[name] for name in extra_names}
+        deltas, opt_state = tx.update(grads, state.opt_state, state.params, **taken)
         params = optax.apply_updates(state.params, deltas)
 
         written = first
@@ -199,6 +200,15 @@ def _step_keys(
     if axis_name is not None:
         key = jax.random.fold_in(key, lax.axis_index(axis_name))
     return {name: jax.random.fold_in(key, i) for i, name in enumerate(rng_names)}
+
+
+def _extra_arguments(tx: optax.GradientTransformation) -> list[str]:
+    """Returns which of the step's extra arguments an optimizer takes."""
+    names = ["value", "grad", "value_fn"]
+    taken = inspect.signature(tx.update).parameters
+    if any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        return names
+    return [name for name in names if name in taken]
 
 
 def _value_fn(loss: Callable[[PyTree], jax.Array], axis_name: AxisName | None) -> Callable:
