@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from mbn_jax.command_line import expand_home
 from mbn_jax.errors import UserError
 
 DTYPES = ("uint8", "float32")
@@ -132,6 +133,7 @@ def load_split(
         classification, images of varying size without `image_size`, or, where they are in memory,
         examples that are damaged or not what the set declares.
     """
+    data_dir = expand_home(data_dir, "dataset.data_dir") if data_dir else None
     tfds, builder = _prepared_builder(name, data_dir)
     features = builder.info.features
     keys = builder.info.supervised_keys
