@@ -119,7 +119,7 @@ def start(hosts, config, workdirs, devices):
 
 def run_on_hosts(hosts, config, workdir, devices):
     """Trains on the hosts, and checks that the first one speaks and writes for all."""
-    expected = {"metrics", "events", "curves"} | (set() if workdir.exists() else {"config"})
+    expected = {"config", "curves", "events", "lock", "metrics"}
     results = start(hosts, config, [workdir] * len(hosts), [devices] * len(hosts))
     assert [status for _, _, status in results] == [0] * len(hosts), results
     spoke = ["test error" in out for out, _, _ in results]
