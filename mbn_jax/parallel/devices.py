@@ -45,10 +45,11 @@ def check_devices() -> None:
     """Raises UserError where JAX finds no device of the platform that it was told to use."""
     try:
         jax.devices()
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # The latter without a message.
+        reason = " ".join(str(error).split()) or "it has no such backend"
         raise UserError(
             f"JAX finds no devices for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r} "
-            f"({' '.join(str(error).split())}); install JAX for this platform and check its "
+            f"({reason}); install JAX for this platform and check its "
             "driver, or set JAX_PLATFORMS=cpu."
         ) from error
 

@@ -25,8 +25,6 @@ MAY_CHANGE = (
     "runtime",
     "steps_per_dispatch",
     "eval_batch_size",
-    # Read before the first step only.
-    "init_from",
 )
 """Fields that a run may change when it resumes. All others bind: they change what is trained or
 what a recorded number means."""

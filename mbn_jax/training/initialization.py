@@ -44,13 +44,13 @@ def with_weights_of(run: str, fresh: TrainState) -> TrainState:
             f"init_from={run} has statistics of other normalization layers; use a run of the same "
             "model and norm.name."
         )
-    stats = saved_statistics.pooled(stats, fresh.batch_stats)
+    stats = saved_statistics.pooled(stats)
     found = {**_shapes(params), **_shapes(stats)}
     for name, shape in {**_shapes(fresh.params), **_shapes(fresh.batch_stats)}.items():
         if found.get(name) != shape:
             raise UserError(
                 f"init_from={run} is a run of another model: {name} has shape {found.get(name)} "
-                f"there, expected {shape}."
+                f"there, expected {shape}; use the same model and norm."
             )
     return fresh.replace(params=params, batch_stats=stats)
 

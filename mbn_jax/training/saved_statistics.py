@@ -53,22 +53,21 @@ def on_devices(stats: PyTree, like: PyTree, *, local_statistics: bool, devices: 
     """
     is_empty = not jax.tree.leaves(stats)
     if not local_statistics or is_empty or num_groups(stats) != len(devices or jax.devices()):
-        return replicate(pooled(stats, like), devices)
+        return replicate(_in_virtual_batches_of(like, pooled(stats)), devices)
     count = len(local_devices(devices))
     first = 0 if devices else jax.process_index() * count
     return distribute(jax.tree.map(lambda x: x[first : first + count], stats), devices)
 
 
-def pooled(stats: PyTree, like: PyTree) -> PyTree:
-    """Returns the statistics of all groups together, in the shapes of `like`.
-
-    Where the number of virtual batches is another one now, these are pooled too, and each starts
-    from the pool.
-    """
+def pooled(stats: PyTree) -> PyTree:
+    """Returns the statistics of all groups together, without the axis of the groups."""
     if num_groups(stats) > 1:
-        stats = jax.device_get(pool_batch_stats(stats))
-    else:
-        stats = jax.tree.map(lambda x: x[0], stats)
+        return jax.device_get(pool_batch_stats(stats))
+    return jax.tree.map(lambda x: x[0], stats)
+
+
+def _in_virtual_batches_of(like: PyTree, stats: PyTree) -> PyTree:
+    """Pools virtual batches where their number is another one now; each starts from the pool."""
     if jax.tree.map(np.shape, stats) == jax.tree.map(np.shape, like):
         return stats
     pool = jax.device_get(pool_batch_stats(stats))
