@@ -40,7 +40,7 @@ def _run(name: str, command: Callable[[Sequence[str]], int]) -> None:
         else:
             traceback.print_exc()
             status = ExitStatus.FAILED
-    if status not in (ExitStatus.DONE, ExitStatus.STOPPED):
+    if status not in (ExitStatus.DONE, ExitStatus.STOPPED) and "jax" in sys.modules:
         from mbn_jax.parallel import hosts
 
         hosts.leave(status)
