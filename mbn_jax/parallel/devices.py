@@ -183,7 +183,7 @@ def agree(values: np.ndarray) -> np.ndarray:
 def first_host_first() -> Iterator[None]:
     """Lets the first host through a block before the others, for what one writes for all.
 
-    Where the block fails on one host, no host goes on: the others would wait for it for ever.
+    Where the block fails on one host, no host continues: it would wait for that one for ever.
 
     Raises:
       UserError: where the block failed on another host.
@@ -203,7 +203,7 @@ def first_host_first() -> Iterator[None]:
             multihost_utils.sync_global_devices("first_host_first")
         failures = np.flatnonzero(multihost_utils.process_allgather(np.array(failed)))
     if len(failures):
-        raise UserError(f"Host {failures[0]} cannot go on, its own message says why; mend that.")
+        raise UserError(f"Host {failures[0]} cannot continue; mend what its own message says.")
 
 
 def check_alike(**numbers: int) -> None:

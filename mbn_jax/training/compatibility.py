@@ -1,4 +1,4 @@
-"""Whether a run may go on with a config: against its workdir, and against older versions."""
+"""Whether a run may resume with a config, and whether this version can do what it says."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -32,7 +32,7 @@ what a recorded number means."""
 LENGTH = "num_epochs"
 """The field that a run may raise, where nothing in training depends on the end of the run."""
 
-GONE: Mapping[str, Any] = {
+REMOVED: Mapping[str, Any] = {
     "on_divergence": "stop",
     "max_restores": 3,
     "double_forward_every": 1,
@@ -42,36 +42,36 @@ GONE: Mapping[str, Any] = {
 }
 """Fields that earlier versions had, and the values at which they changed nothing."""
 
-GONE_NORM = "averaged"
+REMOVED_NORM = "averaged"
 
 
-def without_gone_fields(stored: Mapping[str, Any], where: str) -> dict[str, Any]:
+def without_removed_fields(stored: Mapping[str, Any], where: str) -> dict[str, Any]:
     """Returns the fields of a stored config, by dotted name, without those that no longer exist.
 
     Raises:
       UserError: where one of these has a value that this version cannot do.
     """
-    for field, value in GONE.items():
+    for field, value in REMOVED.items():
         if stored.get(field, value) != value:
             raise UserError(
                 f"{where} has {field}={stored[field]!r}, which this version no longer supports; "
                 "use the version that made it."
             )
-    if stored.get("norm.name") == GONE_NORM:
+    if stored.get("norm.name") == REMOVED_NORM:
         raise UserError(
-            f"{where} has norm.name={GONE_NORM!r}, which this version no longer supports; use the "
-            "version that made it, or start a new run with norm.name='memorized' and "
+            f"{where} has norm.name={REMOVED_NORM!r}, which this version no longer supports; use "
+            "the version that made it, or start a new run with norm.name='memorized' and "
             "norm.memory_size=0."
         )
-    return {field: value for field, value in stored.items() if field not in GONE}
+    return {field: value for field, value in stored.items() if field not in REMOVED}
 
 
 def check_may_resume(before: Mapping[str, Any], now: Mapping[str, Any], where: str) -> None:
-    """Checks that a run with one config may go on with another.
+    """Checks that a run with one config may resume with another.
 
     Args:
       before: fields of its config so far, by dotted name.
-      now: fields of the config to go on with.
+      now: fields of the config to resume with.
       where: the beginning of the message, for example 'runs/a is a run of'.
 
     Raises:

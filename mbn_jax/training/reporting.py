@@ -72,7 +72,7 @@ def _lines_until(workdir: pathlib.Path, step: int) -> bytes:
 
 
 def check_records(workdir: pathlib.Path, step: int, digest: str | None) -> None:
-    """Checks the records up to a checkpoint; says so where the file is gone.
+    """Checks the records up to a checkpoint; says so where the file is missing.
 
     Args:
       workdir: folder of the run.
@@ -89,7 +89,7 @@ def check_records(workdir: pathlib.Path, step: int, digest: str | None) -> None:
     if hashlib.sha256(lines).hexdigest() == digest:
         return
     if not lines:  # Deleted, now or before an earlier start.
-        logging.warning("%s is gone: the records up to step %d are lost.", path, step)
+        logging.warning("%s is missing: the records up to step %d are lost.", path, step)
     else:
         raise UserError(
             f"{path} is damaged: up to step {step} it is not what the run wrote; put it back from "

@@ -11,7 +11,7 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mbn_jax.errors import UserError
-from mbn_jax.training.compatibility import check_may_resume, without_gone_fields
+from mbn_jax.training.compatibility import check_may_resume, without_removed_fields
 from mbn_jax.training.config import default_config, fields, flattened
 
 CONFIG = "config.json"
@@ -28,7 +28,7 @@ UNWRITABLE = (
 
 
 def open_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Makes `workdir`; raises UserError where it is a run that may not go on with `config`."""
+    """Makes `workdir`; raises UserError where it is a run that may not resume with `config`."""
     make_folder(workdir)
     if (workdir / CONFIG).exists():
         before = fields(load_config(workdir))
@@ -47,7 +47,7 @@ def check_checkpoint(
     """
     if noted is not None:
         where = f"The checkpoint in {workdir}"
-        check_may_resume(without_gone_fields(noted, where), fields(config), f"{where} is of")
+        check_may_resume(without_removed_fields(noted, where), fields(config), f"{where} is of")
 
 
 def make_folder(workdir: pathlib.Path) -> None:
@@ -103,7 +103,7 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
     """
     path = workdir / CONFIG
     try:
-        stored = without_gone_fields(flattened(json.loads(path.read_text())), str(path))
+        stored = without_removed_fields(flattened(json.loads(path.read_text())), str(path))
     except OSError as error:
         raise UserError(f"{workdir} is not the folder of a run: it has no {CONFIG}.") from error
     except UserError:

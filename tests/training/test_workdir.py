@@ -22,7 +22,7 @@ from mbn_jax.main import train_command
 from mbn_jax.parallel.devices import first_device, replicate
 from mbn_jax.step.state import TrainState
 from mbn_jax.training.checkpoints import Checkpoints
-from mbn_jax.training.compatibility import GONE, MAY_CHANGE
+from mbn_jax.training.compatibility import MAY_CHANGE, REMOVED
 from mbn_jax.training.config import default_config, fields
 from mbn_jax.training.config_files import with_fields
 from mbn_jax.training.evaluation import evaluate_run
@@ -149,16 +149,16 @@ def with_stored(run, **values):
     (run / CONFIG).write_text(json.dumps(stored))
 
 
-def test_fields_that_are_gone_are_accepted_where_they_changed_nothing(run, config):
-    with_stored(run, **GONE)
+def test_fields_that_were_removed_are_accepted_where_they_changed_nothing(run, config):
+    with_stored(run, **REMOVED)
     assert fields(load_config(run)) == fields(config)
     assert evaluate_run(run)["step"] == 8
     train(config, run, programs=ONE_DEVICE)
-    for name, value in GONE.items():
-        with_stored(run, **{**GONE, name: "restore" if isinstance(value, str) else value + 1})
+    for name, value in REMOVED.items():
+        with_stored(run, **{**REMOVED, name: "restore" if isinstance(value, str) else value + 1})
         with pytest.raises(UserError, match=rf"config\.json has {name}=.*no longer supports"):
             evaluate_run(run)
-    with_stored(run, **GONE, **{"norm.name": "averaged"})
+    with_stored(run, **REMOVED, **{"norm.name": "averaged"})
     with pytest.raises(UserError, match=r"has norm\.name='averaged', .*norm\.memory_size=0"):
         load_config(run)
 
