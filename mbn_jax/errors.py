@@ -1,4 +1,18 @@
-"""The one exception for mistakes that a user can mend."""
+"""The errors that a command reports in one sentence, and the statuses that commands exit with."""
+
+import enum
+
+
+class ExitStatus(enum.IntEnum):
+    """What a command's exit status means."""
+
+    DONE = 0
+    FAILED = 1
+    USER_MISTAKE = 2
+    DIVERGED = 3
+    STOPPED = 75
+    """EX_TEMPFAIL of sysexits.h: schedulers can be told to run such a command again."""
+    INTERRUPTED = 130
 
 
 class UserError(ValueError):
@@ -6,3 +20,7 @@ class UserError(ValueError):
 
     Command lines print it as one sentence, without a traceback.
     """
+
+
+class StoppedError(Exception):
+    """A run stopped because it was asked to, and its state is saved."""

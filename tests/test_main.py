@@ -240,7 +240,7 @@ def test_compiled_programs_are_kept_where_the_user_keeps_caches(tmp_path, chosen
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "JAX_COMPILATION_CACHE_DIR": ""}
     if chosen:
         environment["JAX_COMPILATION_CACHE_DIR"] = str(tmp_path / "mine")
-    program = "from mbn_jax import main; main._keep_compiled_programs(); "
+    program = "from mbn_jax.parallel import devices; devices.keep_compiled_programs(); "
     program += "import jax; print(jax.config.jax_compilation_cache_dir)"
     done = subprocess.run(
         [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True

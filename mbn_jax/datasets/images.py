@@ -12,6 +12,7 @@ from typing import Protocol
 
 import numpy as np
 
+from mbn_jax.datasets.data_dir import find_data_dir
 from mbn_jax.errors import UserError
 
 DTYPES = ("uint8", "float32")
@@ -132,7 +133,7 @@ def load_split(
         classification, images of varying size without `image_size`, or, where they are in memory,
         examples that are damaged or not what the set declares.
     """
-    tfds, builder = _prepared_builder(name, data_dir)
+    tfds, builder = _prepared_builder(name, find_data_dir(data_dir))
     features = builder.info.features
     keys = builder.info.supervised_keys
     if (
@@ -275,7 +276,12 @@ def _prepared_builder(name: str, data_dir: str | None):
         close = difflib.get_close_matches(name, known, n=3)
         hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
         raise UserError(f"TFDS has no data set {name!r}.{hint}") from error
-    except (ValueError, AssertionError, ImportError, OSError) as error:
+    except OSError as error:
+        raise UserError(
+            f"Data set {name!r} cannot be read or prepared in {data_dir or 'the folder of TFDS'} "
+            f"({_reason(error)}); set dataset.data_dir to a folder that has it or can be written."
+        ) from error
+    except (ValueError, AssertionError, ImportError) as error:
         raise UserError(
             f"Data set {name!r} cannot be opened ({_reason(error)}); it is read from "
             f"array_record files, as {build} writes them."

@@ -5,6 +5,7 @@ runtimes share that layout, so that the choice between them is made here and now
 """
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -22,6 +23,35 @@ RUNTIMES = ("pmap", "shard_map")
 
 Devices = Sequence[jax.Device] | None
 """Some of this host's devices; None: all that there are, on all hosts."""
+
+
+def keep_compiled_programs() -> None:
+    """Lets JAX keep what it compiles for the next process, where it is not told otherwise."""
+    if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
+        return
+    home = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
+    folder = os.path.join(home, "mbn_jax", "compiled")
+    if home.startswith("~"):
+        return  # No home folder is known.
+    try:
+        os.makedirs(folder, exist_ok=True)
+    except OSError:
+        return
+    if os.access(folder, os.W_OK):
+        jax.config.update("jax_compilation_cache_dir", folder)
+
+
+def check_devices() -> None:
+    """Raises UserError where JAX finds no device of the platform that it was told to use."""
+    try:
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # The latter without a message.
+        reason = " ".join(str(error).split()) or "it has no such backend"
+        raise UserError(
+            f"JAX finds no devices for JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')!r} "
+            f"({reason}); install JAX for this platform and check its "
+            "driver, or set JAX_PLATFORMS=cpu."
+        ) from error
 
 
 def local_devices(devices: Devices = None) -> Sequence[jax.Device]:
@@ -80,12 +110,18 @@ def map_over_devices(
     return call
 
 
+def _map_key(function: Callable[[jax.Array], jax.Array], key: jax.Array) -> jax.Array:
+    """Applies a function to the data of typed random keys, which keep their implementation."""
+    data = function(jax.random.key_data(key))
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
+
+
 def _reshard(tree: PyTree, sharding: NamedSharding) -> PyTree:
     """Views this host's shards of `[devices, ...]` arrays as those of another set of devices."""
 
     def view(x: jax.Array) -> jax.Array:
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(view(jax.random.key_data(x)))
+            return _map_key(view, x)
         shards = [shard.data for shard in x.addressable_shards]
         shape = (sharding.mesh.size, *x.shape[1:])
         return jax.make_array_from_single_device_arrays(shape, sharding, shards)
@@ -100,7 +136,7 @@ def replicate(tree: PyTree, devices: Devices = None) -> PyTree:
 
     def copy(x) -> jax.Array:
         if isinstance(x, jax.Array) and jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(copy(jax.random.key_data(x)))
+            return _map_key(copy, x)
         # From the host: donating the result must never delete the array it was made from.
         x = np.array(x)[None]
         shards = [jax.device_put(x.copy(), device) for device in devices]
@@ -122,7 +158,7 @@ def first_device(tree: PyTree) -> PyTree:
         if not isinstance(x, jax.Array):
             return x[0]
         if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return jax.random.wrap_key_data(first(jax.random.key_data(x)))
+            return _map_key(first, x)
         # Of its own shard: x[0] would run a program on all devices, with a collective.
         return x.addressable_data(0)[0]
 
@@ -147,7 +183,7 @@ def agree(values: np.ndarray) -> np.ndarray:
 def first_host_first() -> Iterator[None]:
     """Lets the first host through a block before the others, for what one writes for all.
 
-    Where the block fails on one host, no host goes on: the others would wait for it for ever.
+    Where the block fails on one host, no host continues: it would wait for that one for ever.
 
     Raises:
       UserError: where the block failed on another host.
@@ -167,7 +203,7 @@ def first_host_first() -> Iterator[None]:
             multihost_utils.sync_global_devices("first_host_first")
         failures = np.flatnonzero(multihost_utils.process_allgather(np.array(failed)))
     if len(failures):
-        raise UserError(f"Host {failures[0]} cannot go on, its own message says why; mend that.")
+        raise UserError(f"Host {failures[0]} cannot continue; mend what its own message says.")
 
 
 def check_alike(**numbers: int) -> None:

@@ -1,16 +1,24 @@
-"""How the processes of one run, on one machine or many, find each other."""
+"""How the processes of one run, on one machine or many, find and leave each other."""
 
 import collections
 import os
+import re
 import sys
+import threading
 from collections.abc import Mapping
+from typing import NoReturn
 
 import jax
 
 from mbn_jax.errors import UserError
 
-HEARTBEAT_TIMEOUT = 100
-"""Seconds of silence after which a host counts as gone."""
+SECONDS_TO_LEAVE = 10.0
+"""After an error on this host, for the other hosts to come to their end too."""
+
+LOST_HOST = re.compile(
+    r"gloo|nccl|UNAVAILABLE|DEADLINE_EXCEEDED|coordination service", re.IGNORECASE
+)
+"""Words by which errors of JAX tell that the connection to another host is lost."""
 
 SLURM = (
     "SLURM_JOB_ID",
@@ -51,16 +59,16 @@ def join_hosts(
     coordinator_address: str | None = None,
     num_processes: int | None = None,
     process_id: int | None = None,
-    heartbeat_timeout: int = HEARTBEAT_TIMEOUT,
+    heartbeat_timeout: int = 100,
 ) -> None:
     """Joins the other processes of a run, where flags or the environment say that there are any.
 
     Args:
       distributed: True: JAX finds them by the cluster; False: there are none; None: as
         `launched_processes` finds, unless they are named:
-      coordinator_address: of the first, HOST:PORT.
-      num_processes: how many there are.
-      process_id: which one this is, from 0.
+      coordinator_address: address of the first process, HOST:PORT.
+      num_processes: number of processes.
+      process_id: number of this process, from 0.
       heartbeat_timeout: seconds after which a host that is silent, or waits for the others at its
         end, ends them all.
 
@@ -105,3 +113,39 @@ def join_hosts(
             f"All hosts need as many devices, got {[devices[i] for i in sorted(devices)]}, in the "
             "order of the hosts; leave some out (CUDA_VISIBLE_DEVICES=0, for example)."
         )
+
+
+def is_first_host() -> bool:
+    """Returns whether this process is the first of the run, which speaks for all."""
+    return jax.process_index() == 0
+
+
+def lost_host(error: Exception) -> str | None:
+    """Returns a sentence where the error says that another host is lost, else None."""
+    # JAX raises RuntimeError or ValueError for a lost connection.
+    if not jax.distributed.is_initialized() or not isinstance(error, RuntimeError | ValueError):
+        return None
+    if not LOST_HOST.search(str(error)):
+        return None
+    return (
+        f"another host is lost ({str(error).splitlines()[0]}); start all of them again, and the "
+        "run resumes from its last checkpoint"
+    )
+
+
+def leave(status: int) -> None:
+    """Leaves the other hosts; ends the process where they do not come to their end in time."""
+    if not jax.distributed.is_initialized():
+        return
+    leaving = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    leaving.start()
+    leaving.join(SECONDS_TO_LEAVE)
+    if leaving.is_alive():
+        exit_at_once(status)  # The others wait for this one, and notice.
+
+
+def exit_at_once(status: int) -> NoReturn:
+    """Ends the process without a word to the other hosts."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

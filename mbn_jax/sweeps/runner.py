@@ -25,6 +25,7 @@ from mbn_jax.sweeps.declaration import Member, Sweep
 from mbn_jax.training import config as config_lib
 from mbn_jax.training.config_files import with_fields
 from mbn_jax.training.divergence import DivergenceError
+from mbn_jax.training.lock import only_one
 from mbn_jax.training.loop import estimate_seconds, train
 from mbn_jax.training.program import Programs
 from mbn_jax.training.reporting import read_metrics
@@ -213,7 +214,7 @@ class Runner:
             trial.set_user_attr(store.OUTCOME, store.DUPLICATE)
             raise optuna.TrialPruned("another runner has this member")
         folder = self._workdir / MEMBERS / trial.user_attrs[store.FOLDER]
-        with store.only_one(folder, give_up=self._stop.is_set) as alone:
+        with only_one(folder, give_up=self._stop.is_set) as alone:
             if not alone:
                 raise StoppedError
             try:

@@ -5,14 +5,12 @@ and the member is enqueued again. What became of a member is an attribute of its
 trial that ended without one did not finish.
 """
 
-import contextlib
 import datetime
-import fcntl
 import os
 import pathlib
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import optuna
@@ -25,7 +23,6 @@ from mbn_jax.sweeps.declaration import Member
 from mbn_jax.training.config import changes, fields
 
 STUDY = "sweep.db"
-LOCK = "lock"
 HEARTBEAT_SECONDS = 10
 GRACE_SECONDS = 60
 
@@ -225,33 +222,6 @@ def give_up_stale(study: optuna.Study) -> None:
             gone = here and _start_of(runner["pid"]) != runner["started"]
         if gone:
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
-
-
-@contextlib.contextmanager
-def only_one(folder: pathlib.Path, give_up: Callable[[], bool]) -> Iterator[bool]:
-    """Waits until no other process of this machine is in the block with this folder.
-
-    Heartbeats stop when a machine sleeps, and its members are given to others; when it wakes up,
-    the folder of a run must still have one writer.
-
-    Args:
-      folder: of a run; made where it is missing.
-      give_up: asked now and then whether to stop waiting.
-
-    Yields:
-      Whether this one is alone now; False after giving up.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    with (folder / LOCK).open("w") as file:  # Closing it, or dying, lets it go.
-        while not give_up():
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                time.sleep(0.5)
-                continue
-            yield True
-            return
-        yield False
 
 
 def is_duplicate(study: optuna.Study, number: int, member: str) -> bool:

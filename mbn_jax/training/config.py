@@ -35,6 +35,8 @@ HOST = (
     "eval_every_steps",
     "checkpoint_every_steps",
     "keep_checkpoints",
+    "keep_best",
+    "init_from",
     "on_divergence",
     "max_restores",
 )
@@ -53,6 +55,8 @@ def default_config() -> ConfigDict:
     config.seed = 0  # Of parameters, order, augmentation and dropout.
     config.batch_size = 128  # Global: summed over devices and hosts.
     config.num_epochs = 10.0
+
+    config.init_from = ""  # Workdir of a run whose weights and statistics to start with.
 
     config.dataset = ConfigDict()
     config.dataset.name = "digits"  # Any TFDS image-classification set.
@@ -131,6 +135,7 @@ def default_config() -> ConfigDict:
     config.eval_every_steps = 0  # 0: once an epoch.
     config.checkpoint_every_steps = 0  # 0: once an epoch.
     config.keep_checkpoints = 3
+    config.keep_best = False  # Keep the checkpoint of the lowest test error beside them.
     config.on_divergence = "stop"  # 'restore': go back to the last checkpoint, at half the rate,
     config.max_restores = 3  # so often at most; 'continue': report it and go on.
 
@@ -390,16 +395,21 @@ def fields(config: ConfigDict) -> dict[str, Any]:
     >>> fields(default_config())['norm.memory_size']
     64
     """
+    return flattened(json.loads(config.to_json()))
+
+
+def flattened(tree: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the leaves of a nested dict by dotted name.
+
+    >>> flattened({'norm': {'decay': 0.5}, 'seed': 0})
+    {'norm.decay': 0.5, 'seed': 0}
+    """
     leaves: dict[str, Any] = {}
-
-    def visit(tree: dict[str, Any], prefix: str) -> None:
-        for name, value in tree.items():
-            if isinstance(value, dict):
-                visit(value, f"{prefix}{name}.")
-            else:
-                leaves[prefix + name] = value
-
-    visit(json.loads(config.to_json()), "")
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            leaves |= {f"{name}.{key}": leaf for key, leaf in flattened(value).items()}
+        else:
+            leaves[name] = value
     return leaves
 
 

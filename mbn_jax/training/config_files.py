@@ -1,22 +1,31 @@
 """Config files, and the fields of a config that a command line sets."""
 
+import contextlib
 import difflib
+import importlib.machinery
+import inspect
 import pathlib
+import re
 import runpy
-from collections.abc import Mapping, Sequence
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from mbn_jax.command_line import expand_home
 from mbn_jax.errors import UserError
+
+ROOT_FILES = ("pyproject.toml", "setup.py", "setup.cfg", ".git")
+"""Of the root of a project, which is no package, even where Python files lie in it."""
 
 
 def parse_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """Reads a config file and sets the fields that `overrides` name.
 
     Args:
-      path: of a Python file with `get_config()`.
+      path: path of a Python file with `get_config()`; 'FILE.py:TEXT' calls `get_config('TEXT')`.
       overrides: as on the command line, '--config.FIELD=VALUE'.
 
     Returns:
@@ -43,24 +52,113 @@ def override_fields(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     try:
         config_flags.DEFINE_config_dict("config", config, flag_values=values, sys_argv=argv)
         positional = values(argv)[1:]
-    except flags.Error as error:
-        raise UserError(str(error)) from error
-    except (TypeError, ValueError) as error:
+    except (flags.Error, TypeError, ValueError) as error:
         raise UserError(str(error)) from error
     if positional:
         raise UserError(f"unknown argument {positional[0]}; see --help")
     return values.config
 
 
+def split_argument(path: str) -> tuple[pathlib.Path, str | None]:
+    """Divides what names a config file into its path and the argument of its function.
+
+    Raises:
+      UserError: where there is no such file.
+
+    >>> split_argument(f"{__file__}:resnet20,cifar10")[1]
+    'resnet20,cifar10'
+    """
+    file, argument = pathlib.Path(expand_home(path, "--config")), None
+    with_argument = re.fullmatch(r"(.+?\.py):(.*)", str(file))
+    if with_argument and not file.exists():
+        file, argument = pathlib.Path(with_argument[1]), with_argument[2]
+    if not file.is_file():
+        raise UserError(f"there is no file {file}; configs/ and experiments/ have some that work")
+    return file, argument
+
+
 def call_in_file(path: str, function: str) -> Any:
-    """Runs a Python file and returns what its function returns; raises UserError in a sentence."""
-    if not pathlib.Path(path).is_file():
-        raise UserError(f"there is no file {path}; configs/ and experiments/ have some that work")
+    """Runs a Python file and returns what its function returns; raises UserError in a sentence.
+
+    The file may import its neighbours, and packages of the folder above it and of the current one:
+    these come before what is installed.
+
+    Args:
+      path: path of the file; 'FILE.py:TEXT' calls the function with 'TEXT'.
+      function: name of the function.
+    """
+    file, argument = split_argument(path)
+    arguments = () if argument is None else (argument,)
     try:
-        return runpy.run_path(path)[function]()
+        with _importable(
+            [file.absolute().parent, file.absolute().parent.parent, pathlib.Path.cwd()]
+        ):
+            called = runpy.run_path(str(file))[function]
+            _check_argument(called, argument, f"{function}() of {file}", str(file))
+            return called(*arguments)
+    except UserError:
+        raise
     except Exception as error:  # The file is the user's code: it may fail in any way.
         reason = " ".join(str(error).split())
-        raise UserError(f"{path}: {function}() failed: {type(error).__name__}: {reason}") from error
+        raise UserError(f"{file}: {function}() failed: {type(error).__name__}: {reason}") from error
+
+
+def _check_argument(called, argument: str | None, name: str, file: str) -> None:
+    """Raises UserError where a function takes no argument and gets one, or needs one."""
+    signature = inspect.signature(called)
+    try:
+        signature.bind(*(() if argument is None else (argument,)))
+    except TypeError as error:
+        if argument is None:
+            raise UserError(f"{name} needs an argument; give it as {file}:ARGUMENT") from error
+        raise UserError(f"{name} takes no argument, got {argument!r}; use {file}") from error
+
+
+@contextlib.contextmanager
+def _importable(folders: Sequence[pathlib.Path]) -> Iterator[None]:
+    """Lets modules in these folders be imported within the block, before installed ones.
+
+    They are forgotten afterwards: the file of another project has other neighbours.
+    """
+    finder = _Finder(list(dict.fromkeys(map(str, folders))))
+    sys.meta_path.insert(0, finder)
+    try:
+        yield
+    finally:
+        sys.meta_path.remove(finder)
+        for name in list(sys.modules):
+            if name.split(".")[0] in finder.found:
+                del sys.modules[name]
+
+
+class _Finder:
+    """Finds top-level modules and packages in some folders, with or without `__init__.py`.
+
+    Python itself would prefer an installed package to a folder without `__init__.py`.
+    """
+
+    def __init__(self, folders: list[str]):
+        self._folders = folders
+        self.found: set[str] = set()
+
+    def find_spec(self, name: str, path=None, target=None):
+        """Returns where a module is, as Python's import system asks."""
+        if path is not None or name in sys.stdlib_module_names:
+            return None
+        for folder in self._folders:
+            spec = importlib.machinery.PathFinder.find_spec(name, [folder])
+            if spec is None:
+                continue
+            if spec.origin is None:
+                package = pathlib.Path(folder) / name
+                is_root = any((package / file).exists() for file in ROOT_FILES)
+                if is_root or not any(package.glob("*.py")):
+                    continue
+                spec = importlib.machinery.ModuleSpec(name, None, is_package=True)
+                spec.submodule_search_locations = [str(package)]
+            self.found.add(name)
+            return spec
+        return None
 
 
 def with_fields(config: ConfigDict, fields: Mapping[str, Any], where: str) -> ConfigDict:

@@ -15,15 +15,20 @@ from mbn_jax.training.workdir import CHECKPOINTS, check_checkpoint, load_config
 
 
 def evaluate_run(
-    workdir: pathlib.Path, split: str | None = None, *, recalibrate_batches: int = 0
+    workdir: pathlib.Path,
+    split: str | None = None,
+    *,
+    recalibrate_batches: int = 0,
+    best: bool = False,
 ) -> dict[str, float | str]:
     """Evaluates the newest sound checkpoint of a run on any split.
 
     Args:
-      workdir: of the run.
+      workdir: folder of the run.
       split: TFDS split; default: the run's test split.
-      recalibrate_batches: by the statistics of so many batches of training examples, instead of
-        those of the run; 0: those of the run.
+      recalibrate_batches: number of batches of training examples to compute the statistics anew
+        from; 0: use those of the run.
+      best: evaluate the sound checkpoint of the lowest test error instead.
 
     Returns:
       'step', 'split', 'loss' and 'error'.
@@ -40,13 +45,15 @@ def evaluate_run(
             program.initial_state(config),
             local_statistics=experiment.local_statistics,
             devices=program.devices,
+            best=best,
         )
         noted = checkpoints.notes.get("config")
     finally:
         checkpoints.close()
     check_checkpoint(config, noted, workdir)
     if state is None:
-        raise UserError(f"{workdir} has no sound checkpoint to evaluate.")
+        of_which = " that notes its test error" if best else ""
+        raise UserError(f"{workdir} has no sound checkpoint{of_which} to evaluate.")
     if recalibrate_batches:
         if not state.batch_stats:
             raise UserError(

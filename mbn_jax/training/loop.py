@@ -22,8 +22,6 @@ from mbn_jax.training.reporting import Reporter, draw_curves, read_metrics
 from mbn_jax.training.resuming import (
     Start,
     find_start,
-    go_back,
-    slowed,
     steps_per_checkpoint,
     whole_epoch,
 )
@@ -75,7 +73,7 @@ def train(
     with first_host_first():  # One prepares folder and data for all.
         open_workdir(config, workdir)
         program = programs.get(config)
-        if is_first and not (workdir / CONFIG).exists():
+        if is_first:
             save_config(config, workdir)
         if not (workdir / CONFIG).exists():
             raise UserError(
@@ -85,40 +83,24 @@ def train(
 
     experiment = program.experiment
     check_alike(training_examples=len(experiment.train), test_examples=len(experiment.test))
-    restores, went_back_to = 0, None
-    while True:
-        start = find_start(program, config, workdir)
-        if restores:
-            start.restores, start.went_back_to = restores, went_back_to
-        with first_host_first():  # Where the first one cannot write, all end.
-            reporter = Reporter(
-                workdir,
-                first_step=start.step,
-                total_steps=experiment.total_steps,
-                on_record=on_record,
-                silent=not is_first,
-            )
-        if start.step:
-            reporter.say(f"resumed from the checkpoint of step {start.step}")
-        try:
-            _train_from(start, program, config, workdir, reporter, stop_asked)
-            break
-        except DivergenceError as error:
-            state = find_start(program, config, workdir).state
-            began = where_it_began(program, slowed(config, start.restores), state, error)
-            told = f"{error}; {began}"
-            restores = start.restores
-            if config.on_divergence != "restore" or restores == config.max_restores:
-                gave_up = f" after {restores} restores" if restores else ""
-                raise DivergenceError(
-                    f"{told}; training stopped{gave_up}. {REMEDY}", error.step, error.after_update
-                ) from error
-            restores += 1
-            went_back_to = go_back(program, config, workdir, start.went_back_to)
-            reporter.say(
-                f"{told}; going back to step {went_back_to} with half the learning rate, "
-                f"{restores} of {config.max_restores} times."
-            )
+    start = find_start(program, config, workdir)
+    with first_host_first():  # Where the first one cannot write, all end.
+        reporter = Reporter(
+            workdir,
+            first_step=start.step,
+            total_steps=experiment.total_steps,
+            on_record=on_record,
+            silent=not is_first,
+        )
+    if start.step:
+        reporter.say(f"resumed from the checkpoint of step {start.step}")
+    try:
+        _train_from(start, program, config, workdir, reporter, stop_asked)
+    except DivergenceError as error:
+        began = where_it_began(program, config, find_start(program, config, workdir).state, error)
+        raise DivergenceError(
+            f"{error}; {began}; training stopped. {REMEDY}", error.step, error.after_update
+        ) from error
     with first_host_first(), writing(workdir):
         if is_first and on_record is None:
             draw_curves(workdir, run_title(config))
@@ -136,16 +118,20 @@ def _train_from(
     """Trains to the end, saving checkpoints; closes the reporter."""
     with writing(workdir):
         every = steps_per_checkpoint(program, config)
-        checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=config.keep_checkpoints, every=every)
+        checkpoints = Checkpoints(
+            workdir / CHECKPOINTS,
+            keep=config.keep_checkpoints,
+            every=every,
+            keep_best=config.keep_best,
+        )
     local = program.experiment.local_statistics
     try:
         for state, pending, temporary in _run(start, program, config, reporter, stop_asked):
             notes = {
                 "config": fields(config),
-                "restores": start.restores,
-                "went_back_to": start.went_back_to,
                 "pending": pending,
                 "records": reporter.sync(),
+                "test_error": None if temporary else reporter.last.get("test_error"),
             }
             with writing(workdir):
                 checkpoints.save(state, local_statistics=local, notes=notes, temporary=temporary)
@@ -170,7 +156,6 @@ def _run(
       saved only because the run stops.
     """
     experiment = program.experiment
-    config = slowed(config, start.restores)
     schedule = experiment.schedule(config)
     check = FiniteCheck(schedule, goes_on=config.on_divergence == "continue", say=reporter.say)
     total_steps = experiment.total_steps
@@ -201,8 +186,6 @@ def _run(
             values["learning_rate"] = float(schedule(step - 1))
             images = (step - clock_step) * config.batch_size
             values["images_per_second"] = images / (time.monotonic() - clock)
-            if start.restores:
-                values["restores"] = start.restores
             pending, found = [], {}
             reporter.progress(step, values)
         if evaluates:

@@ -7,7 +7,8 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from absl import logging
 
@@ -18,6 +19,18 @@ from mbn_jax.training.workdir import replace, writing
 METRICS = "metrics.jsonl"
 CURVES = "curves.png"
 
+_NAMES = {"nan": "NaN", "inf": "Infinity", "-inf": "-Infinity"}
+_NUMBERS = {name: float(text) for text, name in _NAMES.items()}
+
+
+def to_json(values: Mapping[str, Any]) -> str:
+    """Returns one line of JSON, which has no numbers for NaN and infinity: they are strings.
+
+    >>> to_json({"step": 3, "loss": float("nan")})
+    '{"step": 3, "loss": "NaN"}'
+    """
+    return json.dumps({name: _NAMES.get(str(value), value) for name, value in values.items()})
+
 
 def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
     """Reads the records of a run, oldest first; `[]` where there are none.
@@ -27,6 +40,11 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
     Raises:
       UserError: for any other line that is none, naming it.
     """
+    return [record for _, record in _read(workdir)]
+
+
+def _read(workdir: pathlib.Path) -> list[tuple[bytes, dict[str, float]]]:
+    """Returns the lines of `metrics.jsonl` and what each records."""
     path = workdir / METRICS
     try:
         lines = path.read_bytes().splitlines(keepends=True)
@@ -37,24 +55,29 @@ def read_metrics(workdir: pathlib.Path) -> list[dict[str, float]]:
     records = []
     for number, line in enumerate(lines, start=1):
         try:
-            record = json.loads(line)
+            record = {name: _NUMBERS.get(value, value) for name, value in json.loads(line).items()}
             record["step"] + 0
-        except (ValueError, TypeError, KeyError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise UserError(
                 f"Line {number} of {path} is damaged; put the file back from a copy, or delete it: "
-                "the run goes on without its earlier records."
+                "the run resumes without its earlier records."
             ) from error
-        records.append(record)
+        records.append((line, record))
     return records
 
 
+def _lines_until(workdir: pathlib.Path, step: int) -> bytes:
+    """Returns the lines of the records up to a step."""
+    return b"".join(line for line, record in _read(workdir) if record["step"] <= step)
+
+
 def check_records(workdir: pathlib.Path, step: int, digest: str | None) -> None:
-    """Checks the records up to a checkpoint; says so where the file is gone.
+    """Checks the records up to a checkpoint; says so where the file is missing.
 
     Args:
-      workdir: of the run.
-      step: of the checkpoint.
-      digest: of these records, noted with it; None: none was.
+      workdir: folder of the run.
+      step: step of the checkpoint.
+      digest: SHA-256 of these records, noted with the checkpoint; None: none was.
 
     Raises:
       UserError: where they are not those that were written.
@@ -62,24 +85,24 @@ def check_records(workdir: pathlib.Path, step: int, digest: str | None) -> None:
     path = workdir / METRICS
     if digest is None:
         return
-    lines = _lines(r for r in read_metrics(workdir) if r["step"] <= step)
+    lines = _lines_until(workdir, step)
     if hashlib.sha256(lines).hexdigest() == digest:
         return
     if not lines:  # Deleted, now or before an earlier start.
-        logging.warning("%s is gone: the records up to step %d are lost.", path, step)
+        logging.warning("%s is missing: the records up to step %d are lost.", path, step)
     else:
         raise UserError(
             f"{path} is damaged: up to step {step} it is not what the run wrote; put it back from "
-            "a copy, or delete it: the run goes on without its earlier records."
+            "a copy, or delete it: the run resumes without its earlier records."
         )
 
 
-def _lines(records: Iterable[Mapping[str, float]]) -> bytes:
-    return "".join(json.dumps(record) + "\n" for record in records).encode()
-
-
 class Reporter:
-    """Writes the records of a run, and the line that shows how far it is."""
+    """Writes the records of a run, and the line that shows how far it is.
+
+    Attributes:
+      last: values of the newest record that this run wrote.
+    """
 
     def __init__(
         self,
@@ -90,11 +113,16 @@ class Reporter:
         on_record: Callable[[int, dict[str, float]], None] | None = None,
         silent: bool = False,
     ):
-        """Goes on after `first_step`: records past it, to be written again, are dropped.
+        """Opens the files of a run that resumes after `first_step`, and drops later records.
 
-        One with `on_record` calls it with every record and shows nothing. A `silent` one writes
-        nothing either: that of a host that is not the first.
+        Args:
+          workdir: folder of the run.
+          first_step: step that the run resumes from; 0 for a new run.
+          total_steps: total training steps.
+          on_record: called with step and values of every record, in place of what is shown.
+          silent: write nothing either, on a host that is not the first.
         """
+        self.last: Mapping[str, float] = {}
         self._silent = silent
         self._on_record = on_record
         self._workdir = workdir
@@ -103,10 +131,9 @@ class Reporter:
         self._total_steps = total_steps
         self._first_step = first_step
         self._begin = time.monotonic()
-        self._is_terminal = sys.stderr.isatty()
+        self._is_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
         self._line_is_open = False
-        kept = [r for r in read_metrics(workdir) if r["step"] <= first_step]
-        lines = _lines(kept)
+        lines = _lines_until(workdir, first_step)
         replace(workdir / METRICS, lines)
         self._digest = hashlib.sha256(lines)
         with writing(workdir), contextlib.ExitStack() as files:
@@ -117,10 +144,12 @@ class Reporter:
 
     def write(self, step: int, values: Mapping[str, float], *, only_events: bool = False) -> None:
         """Writes one record: a line of `metrics.jsonl`, and a scalar a value for TensorBoard."""
+        if not only_events:
+            self.last = values
         if self._silent:
             return
         if not only_events:
-            line = _lines([{"step": step, **values}])
+            line = f"{to_json({'step': step, **values})}\n".encode()
             with writing(self._workdir):
                 self._metrics.write(line)
                 self._metrics.flush()
@@ -152,6 +181,7 @@ class Reporter:
             f"{left:.0f} s left"
         )
         if self._is_terminal:
+            line = line[: _columns() - 1]  # A line that wraps would not be overwritten.
             print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
             self._line_is_open = True
         else:
@@ -172,6 +202,14 @@ class Reporter:
             print(file=sys.stderr)
         with writing(self._workdir):
             self._files.close()
+
+
+def _columns() -> int:
+    """Returns the width of the terminal that standard error is."""
+    try:
+        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
+    except OSError:
+        return 80
 
 
 def draw_curves(workdir: pathlib.Path, title: str) -> None:

@@ -1,4 +1,4 @@
-"""Where a run goes on: at the newest sound checkpoint, or, after divergence, at one before."""
+"""Where a run starts: at its newest sound checkpoint, or before the first step."""
 
 import dataclasses
 import pathlib
@@ -11,13 +11,10 @@ from mbn_jax.parallel.devices import first_device, first_host_first, replicate
 from mbn_jax.step.state import TrainState
 from mbn_jax.training.checkpoints import Checkpoints
 from mbn_jax.training.config import steps_per_epoch
-from mbn_jax.training.config_files import with_fields
+from mbn_jax.training.initialization import with_weights_of
 from mbn_jax.training.program import Program
 from mbn_jax.training.reporting import check_records
 from mbn_jax.training.workdir import CHECKPOINTS, check_checkpoint, writing
-
-RATE_OF_RESTORED = 0.5
-"""Learning rate after going back to a checkpoint, as a share of that which diverged."""
 
 
 @dataclasses.dataclass
@@ -27,15 +24,11 @@ class Start:
     Attributes:
       state: arrays `[devices, ...]`.
       step: of it.
-      restores: times that the run went back to a checkpoint before.
-      went_back_to: the step of it, the last time.
       pending: metrics of steps before it that are on no record yet, `[1, steps]`.
     """
 
     state: TrainState
     step: int
-    restores: int
-    went_back_to: int | None
     pending: dict[str, np.ndarray]
 
 
@@ -61,42 +54,16 @@ def find_start(program: Program, config: ConfigDict, workdir: pathlib.Path) -> S
         finally:
             checkpoints.close()
     check_checkpoint(config, notes.get("config"), workdir)
-    state = replicate(fresh, program.devices) if state is None else state
+    if state is None:
+        if config.init_from:
+            fresh = with_weights_of(config.init_from, fresh)
+        state = replicate(fresh, program.devices)
     step = int(first_device(state.step))
     with first_host_first():
         if jax.process_index() == 0:  # The others may see an older file.
             check_records(workdir, step, notes.get("records"))
     pending = {k: np.array([v], np.float32) for k, v in notes.get("pending", {}).items()}
-    return Start(state, step, notes.get("restores", 0), notes.get("went_back_to"), pending)
-
-
-def go_back(program: Program, config: ConfigDict, workdir: pathlib.Path, not_to: int | None) -> int:
-    """Leaves the checkpoint to go back to after divergence as the newest.
-
-    That is the same one whether or not the run was stopped and saved in between.
-
-    Args:
-      program: that serves the run.
-      config: of the run.
-      workdir: of the run.
-      not_to: the step that it went back to before, in vain.
-
-    Returns:
-      The step of it; 0 where there is none.
-    """
-    with writing(workdir):
-        every = steps_per_checkpoint(program, config)
-        checkpoints = Checkpoints(workdir / CHECKPOINTS, every=every)
-        try:
-            return checkpoints.go_back(not_to)
-        finally:
-            checkpoints.close()
-
-
-def slowed(config: ConfigDict, restores: int) -> ConfigDict:
-    """Returns the config with the learning rate after so many restores."""
-    rate = config.optimizer.learning_rate * RATE_OF_RESTORED**restores
-    return with_fields(config, {"optimizer.learning_rate": rate}, "on_divergence")
+    return Start(state, step, pending)
 
 
 def whole_epoch(program: Program, config: ConfigDict) -> int:

@@ -11,7 +11,8 @@ from typing import Any
 from ml_collections import ConfigDict
 
 from mbn_jax.errors import UserError
-from mbn_jax.training.config import changes, default_config, fields
+from mbn_jax.training.compatibility import check_may_resume, without_removed_fields
+from mbn_jax.training.config import default_config, fields, flattened
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -27,34 +28,26 @@ UNWRITABLE = (
 
 
 def open_workdir(config: ConfigDict, workdir: pathlib.Path) -> None:
-    """Makes `workdir`; raises UserError where it is a run of another config, naming the fields."""
+    """Makes `workdir`; raises UserError where it is a run that may not resume with `config`."""
     make_folder(workdir)
-    if not (workdir / CONFIG).exists():
-        return
-    differing = changes(fields(load_config(workdir)), fields(config))
-    if differing:
-        raise UserError(
-            f"{workdir} is a run of another config ({differing}); use another --workdir, or the "
-            "config it was started with."
-        )
+    if (workdir / CONFIG).exists():
+        before = fields(load_config(workdir))
+        check_may_resume(before, fields(config), f"{workdir} is a run of")
 
 
 def check_checkpoint(
     config: ConfigDict, noted: Mapping[str, Any] | None, workdir: pathlib.Path
 ) -> None:
-    """Checks a config against that which a checkpoint was made with; raises UserError.
+    """Checks that a checkpoint fits a config; raises UserError.
 
     Args:
-      config: of the run, by its config.json or a config file.
-      noted: `fields` of the config, saved with the checkpoint; None: none were.
-      workdir: of the run.
+      config: run configuration, by its config.json or a config file.
+      noted: `fields` of the config that the checkpoint was made with; None: it notes none.
+      workdir: folder of the run.
     """
-    differing = changes(noted, fields(config)) if noted is not None else ""
-    if differing:
-        raise UserError(
-            f"The checkpoint in {workdir} is of another config ({differing}); give the one that it "
-            f"was made with, or put {CONFIG} back as it was."
-        )
+    if noted is not None:
+        where = f"The checkpoint in {workdir}"
+        check_may_resume(without_removed_fields(noted, where), fields(config), f"{where} is of")
 
 
 def make_folder(workdir: pathlib.Path) -> None:
@@ -75,8 +68,8 @@ def writing(workdir: pathlib.Path) -> Iterator[None]:
         if error.errno not in UNWRITABLE:
             raise
         raise UserError(
-            f"Cannot write to --workdir={workdir}: {os.strerror(error.errno)}; with that mended, "
-            "the same command goes on from the last checkpoint."
+            f"Cannot write to --workdir={workdir}: {os.strerror(error.errno)}; mend that, and run "
+            "the same command to resume from the last checkpoint."
         ) from error
 
 
@@ -101,20 +94,26 @@ def replace(path: pathlib.Path, content: bytes) -> None:
 
 
 def load_config(workdir: pathlib.Path) -> ConfigDict:
-    """Reads the configuration of a run; raises UserError where there is none.
+    """Reads the configuration of a run.
 
     A field that did not exist when it was written has its default.
+
+    Raises:
+      UserError: where there is no config, or it has fields or values that this version lacks.
     """
+    path = workdir / CONFIG
     try:
-        stored = json.loads((workdir / CONFIG).read_text())
-        config = default_config()
-        with config.ignore_type(), config.unlocked():  # JSON has lists for tuples.
-            config.update(stored)
-        unknown = sorted(set(fields(config)) - set(fields(default_config())))
-        if unknown:
-            raise ValueError(f"it has the unknown fields {', '.join(unknown)}")
-        return config
+        stored = without_removed_fields(flattened(json.loads(path.read_text())), str(path))
     except OSError as error:
         raise UserError(f"{workdir} is not the folder of a run: it has no {CONFIG}.") from error
-    except ValueError as error:
-        raise UserError(f"{workdir / CONFIG} is damaged: {error}.") from error
+    except UserError:
+        raise
+    except (ValueError, AttributeError) as error:
+        raise UserError(f"{path} is damaged: {error}.") from error
+    config = default_config()
+    unknown = sorted(set(stored) - set(fields(config)))
+    if unknown:
+        raise UserError(f"{path} is damaged: it has the unknown fields {', '.join(unknown)}.")
+    with config.ignore_type():  # JSON has lists for tuples.
+        config.update_from_flattened_dict(stored)
+    return config

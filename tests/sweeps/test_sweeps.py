@@ -26,6 +26,7 @@ from mbn_jax.sweeps.declaration import Member
 from mbn_jax.sweeps.results import read_results, summarize
 from mbn_jax.training.config import default_config
 from mbn_jax.training.config_files import parse_config
+from mbn_jax.training.lock import only_one
 from mbn_jax.training.loop import train
 from mbn_jax.training.program import Programs
 from mbn_jax.training.reporting import read_metrics
@@ -346,12 +347,12 @@ def test_a_runner_whose_member_was_taken_over_goes_on(write_sweep, tmp_path, mon
 
 
 def test_a_folder_has_one_writer(tmp_path):
-    with store.only_one(tmp_path / "run", give_up=lambda: False) as first:
+    with only_one(tmp_path / "run", give_up=lambda: False) as first:
         assert first
         answers = iter([False, True])
-        with store.only_one(tmp_path / "run", give_up=lambda: next(answers)) as second:
+        with only_one(tmp_path / "run", give_up=lambda: next(answers)) as second:
             assert not second
-    with store.only_one(tmp_path / "run", give_up=lambda: False) as again:
+    with only_one(tmp_path / "run", give_up=lambda: False) as again:
         assert again
 
 
@@ -451,8 +452,12 @@ def test_a_member_enqueued_twice_runs_once(tmp_path):
 @pytest.mark.parametrize(
     ("number", "status", "told"),
     [
-        (signal.SIGINT, 130, "interrupted; the same command goes on"),
-        (signal.SIGTERM, 75, "stopped; the members in work are saved; the same command goes on"),
+        (signal.SIGINT, 130, "interrupted; run the same command to resume"),
+        (
+            signal.SIGTERM,
+            75,
+            "stopped; the members in work are saved; run the same command to resume",
+        ),
     ],
     ids=["SIGINT", "SIGTERM"],
 )

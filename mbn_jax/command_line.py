@@ -1,0 +1,78 @@
+"""What the arguments of all commands have in common; nothing heavy is imported here."""
+
+import argparse
+import difflib
+import os
+import pathlib
+from collections.abc import Sequence
+
+from mbn_jax.errors import UserError
+
+
+def command_parser(name: str, description: str, epilog: str | None = None):
+    """Returns the parser of a command: full option names only, and examples as they are typed."""
+    return argparse.ArgumentParser(
+        prog=name,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description=description,
+        epilog=epilog,
+    )
+
+
+def add_config_fields(parser: argparse.ArgumentParser, text: str) -> None:
+    """Shows `--config.FIELD=VALUE` in the help; `parse_with_fields` leaves the fields alone."""
+    parser.add_argument("--config.FIELD", metavar="VALUE", dest="field", help=text)
+
+
+def parse_with_fields(
+    parser: argparse.ArgumentParser, argv: Sequence[str]
+) -> tuple[argparse.Namespace, list[str]]:
+    """Parses a command line that may set fields of the config.
+
+    Returns:
+      The arguments, and what sets fields: '--config.FIELD=VALUE', or '--config.FIELD', 'VALUE'.
+
+    Raises:
+      UserError: for an argument that is neither.
+    """
+    args, overrides = parser.parse_known_args(argv)
+    after_field = False
+    for text in overrides:
+        is_field = text.startswith("--config.")
+        if not is_field and not after_field:
+            options = [name for action in parser._actions for name in action.option_strings]
+            close = difflib.get_close_matches(text.split("=")[0], options, n=1)
+            hint = f"; did you mean {close[0]}?" if close else "; see --help"
+            raise UserError(f"unknown argument {text}{hint}")
+        after_field = is_field and "=" not in text
+    return args, overrides
+
+
+def folder(text: str, flag: str = "--workdir") -> pathlib.Path:
+    """Returns a path that was given, with `~` expanded.
+
+    Raises:
+      UserError: for an address, which is no path, or a home folder that is not known.
+    """
+    if "://" in text:
+        raise UserError(
+            f"{flag} must be a folder, got {text}; mount the bucket (gcsfuse, for example) "
+            "and give the path where it is mounted."
+        )
+    return pathlib.Path(expand_home(text, flag))
+
+
+def expand_home(path: str, what: str) -> str:
+    """Returns a path with `~` expanded; raises UserError, naming `what`, where that cannot be.
+
+    >>> expand_home("/data/~", "dataset.data_dir")
+    '/data/~'
+    """
+    expanded = os.path.expanduser(path)
+    if expanded.startswith("~"):
+        raise UserError(
+            f"{what}={path}: the home folder of {path.split('/')[0]} is not known; write the path "
+            "out, or set HOME."
+        )
+    return expanded

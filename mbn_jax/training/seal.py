@@ -1,0 +1,39 @@
+"""The seal of a checkpoint: the SHA-256 of each of its files, kept beside them.
+
+Orbax restores an array file with a flipped bit without complaint.
+"""
+
+import hashlib
+import json
+import pathlib
+
+from mbn_jax.training.workdir import replace
+
+SEAL = "checksums.json"
+
+
+def seal(folder: pathlib.Path) -> None:
+    """Writes the checksums of a checkpoint that is complete; raises UserError if it cannot."""
+    replace(folder / SEAL, json.dumps(_checksums(folder), indent=1).encode())
+
+
+def damage(folder: pathlib.Path) -> str | None:
+    """Returns what is wrong with a checkpoint, or None where it is as it was sealed."""
+    try:
+        expected = json.loads((folder / SEAL).read_text())
+    except FileNotFoundError:
+        return "it was not finished"
+    except ValueError:
+        return f"{SEAL} is damaged"
+    found = _checksums(folder)
+    for name in sorted(set(expected) | set(found)):
+        if name not in found:
+            return f"{name} is missing"
+        if expected.get(name) != found[name]:
+            return f"{name} is damaged"
+    return None
+
+
+def _checksums(folder: pathlib.Path) -> dict[str, str]:
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != SEAL)
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}

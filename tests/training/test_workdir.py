@@ -1,0 +1,372 @@
+"""A workdir has one writer, resumes under what may change, and reads what older versions wrote."""
+
+import asyncio
+import gc
+import json
+import logging
+import math
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from mbn_jax.errors import ExitStatus, UserError
+from mbn_jax.main import train_command
+from mbn_jax.parallel.devices import first_device, replicate
+from mbn_jax.step.state import TrainState
+from mbn_jax.training.checkpoints import Checkpoints
+from mbn_jax.training.compatibility import MAY_CHANGE, REMOVED
+from mbn_jax.training.config import default_config, fields
+from mbn_jax.training.config_files import with_fields
+from mbn_jax.training.evaluation import evaluate_run
+from mbn_jax.training.lock import only_one, only_writer
+from mbn_jax.training.loop import train
+from mbn_jax.training.orbax_errors import raised_once
+from mbn_jax.training.program import Programs
+from mbn_jax.training.reporting import METRICS, Reporter, check_records, read_metrics
+from mbn_jax.training.workdir import CHECKPOINTS, CONFIG, load_config
+
+ONE_DEVICE = Programs(jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def config(data_dir):
+    """Eight steps, four an epoch."""
+    config = default_config()
+    config.update_from_flattened_dict(
+        {
+            "dataset.data_dir": data_dir,
+            "dataset.train_split": "train[:64]",
+            "dataset.test_split": "test[:32]",
+            "batch_size": 16,
+            "num_epochs": 2.0,
+            "model.features": (4,),
+            "schedule.name": "constant",
+            "log_every_steps": 2,
+        }
+    )
+    return config.lock()
+
+
+def changed(config, **values):
+    return with_fields(config, {k.replace("__", "."): v for k, v in values.items()}, "the test")
+
+
+@pytest.fixture(scope="module")
+def finished(config, tmp_path_factory):
+    """The workdir of a finished run; copy it to change it."""
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    train(config, workdir, programs=ONE_DEVICE)
+    return workdir
+
+
+@pytest.fixture
+def run(finished, tmp_path):
+    """A copy of the finished run."""
+    return pathlib.Path(shutil.copytree(finished, tmp_path / "run"))
+
+
+def final_state(config, workdir, **options):
+    checkpoints = Checkpoints(workdir / CHECKPOINTS)
+    fresh = ONE_DEVICE.get(config).initial_state(config)
+    state = checkpoints.restore(
+        fresh, local_statistics=False, devices=ONE_DEVICE.devices, **options
+    )
+    checkpoints.close()
+    return first_device(state)
+
+
+def assert_same(a, b):
+    def same(x, y):
+        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+            x, y = jax.random.key_data(x), jax.random.key_data(y)
+        np.testing.assert_array_equal(x, y)
+
+    jax.tree.map(same, a, b)
+
+
+HOLD = """
+import pathlib, sys, time
+from mbn_jax.training.lock import only_writer
+with only_writer(pathlib.Path(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_second_writer_is_told_who_the_first_one_is(run, config, monkeypatch):
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout.readline() == "held\n"
+        before = (run / METRICS).read_bytes()
+        path = run.parent / "config.py"
+        path.write_text(
+            "import json\nfrom ml_collections import ConfigDict\n"
+            f"def get_config():\n  return ConfigDict(json.loads({config.to_json()!r}))\n"
+        )
+        told = rf"Another process writes to .*: process {process.pid} on host \S+, since 20\d\d-"
+        for _ in range(2):  # The one that is refused leaves the words of the first.
+            with pytest.raises(UserError, match=told):
+                train_command([f"--config={path}", f"--workdir={run}"])
+        with only_one(run, give_up=iter([False, True]).__next__) as alone:
+            assert not alone
+        assert (run / METRICS).read_bytes() == before
+    finally:
+        process.kill()
+        process.communicate()
+    with only_writer(run):  # Killed, it holds nothing.
+        assert f"process {os.getpid()} on host" in (run / "lock").read_text()
+        with pytest.raises(UserError, match=f"process {os.getpid()} "), only_writer(run):
+            pass
+
+
+def test_a_file_system_without_locks_is_told(run, monkeypatch, caplog):
+    def no_locks(*_):
+        raise OSError(38, "Function not implemented")
+
+    monkeypatch.setattr("mbn_jax.training.lock.fcntl.flock", no_locks)
+    with only_writer(run):
+        assert "cannot be locked (Function not implemented)" in caplog.text
+
+
+def with_stored(run, **values):
+    stored = json.loads((run / CONFIG).read_text())
+    for name, value in values.items():
+        *groups, field = name.split(".")
+        tree = stored
+        for group in groups:
+            tree = tree[group]
+        tree[field] = value
+    (run / CONFIG).write_text(json.dumps(stored))
+
+
+def test_fields_that_were_removed_are_accepted_where_they_changed_nothing(run, config):
+    with_stored(run, **REMOVED)
+    assert fields(load_config(run)) == fields(config)
+    assert evaluate_run(run)["step"] == 8
+    train(config, run, programs=ONE_DEVICE)
+    for name, value in REMOVED.items():
+        with_stored(run, **{**REMOVED, name: "restore" if isinstance(value, str) else value + 1})
+        with pytest.raises(UserError, match=rf"config\.json has {name}=.*no longer supports"):
+            evaluate_run(run)
+    with_stored(run, **REMOVED, **{"norm.name": "averaged"})
+    with pytest.raises(UserError, match=r"has norm\.name='averaged', .*norm\.memory_size=0"):
+        load_config(run)
+
+
+def test_fields_that_never_were_are_refused(run):
+    with_stored(run, colour="red")
+    with pytest.raises(UserError, match=r"config\.json is damaged: .* unknown fields colour"):
+        load_config(run)
+
+
+def test_a_run_resumes_with_another_record_but_not_with_another_training(run, config, data_dir):
+    assert set(MAY_CHANGE) <= set(fields(config))
+    moved = shutil.copytree(data_dir, run.parent / "moved")
+    other = changed(
+        config,
+        log_every_steps=1,
+        eval_every_steps=3,
+        checkpoint_every_steps=5,
+        keep_checkpoints=7,
+        shift__every_steps=4,
+        eval_batch_size=64,
+        dataset__data_dir=str(moved),
+        recalibrate_batches=1,
+    )
+    shutil.rmtree(run / CHECKPOINTS / "8")
+    before = read_metrics(run)
+    train(other, run, programs=ONE_DEVICE)
+    assert fields(load_config(run)) == fields(other)
+    steps = [record["step"] for record in read_metrics(run)]
+    assert steps == [2, 4, 5, 6, 7, 8]
+    last = read_metrics(run)[-1]
+    for name in ("test_error", "test_loss"):  # The same network.
+        assert last[name] == pytest.approx(before[-1][name], rel=1e-6)
+    for field, value in (("batch_size", 8), ("norm.decay", 0.5), ("seed", 1)):
+        with pytest.raises(UserError, match=rf"another config \({field} was .* and is {value}\)"):
+            train(with_fields(other, {field: value}, "the test"), run, programs=ONE_DEVICE)
+
+
+def test_a_finished_run_is_lengthened_to_that_which_it_would_have_been(run, config, tmp_path):
+    longer = changed(config, num_epochs=3.0)
+    assert train(longer, run, programs=ONE_DEVICE)["step"] == 12
+    train(longer, tmp_path / "whole", programs=ONE_DEVICE)
+    assert_same(final_state(longer, run), final_state(longer, tmp_path / "whole"))
+    assert evaluate_run(run)["step"] == 12
+    with pytest.raises(UserError, match=r"another config \(num_epochs was 3.0 and is 2.0\)"):
+        train(config, run, programs=ONE_DEVICE)
+
+
+@pytest.mark.parametrize(
+    ("values", "cause"),
+    [
+        ({"schedule.name": "cosine"}, "schedule.name='cosine'"),
+        ({"norm.name": "batch_renorm"}, "norm.batch_renorm"),
+        ({"norm.memory_schedule.start_size": 2}, "norm.memory_schedule"),
+    ],
+)
+def test_a_run_that_goes_by_its_end_is_not_lengthened(config, tmp_path, values, cause):
+    config = with_fields(config, values, "the test")
+    (tmp_path / CONFIG).write_text(config.to_json())
+    with pytest.raises(UserError, match=rf"cannot be lengthened to 3.0: {cause} depends on the en"):
+        train(changed(config, num_epochs=3.0), tmp_path, programs=ONE_DEVICE)
+
+
+def test_a_run_starts_with_the_weights_of_another(finished, config, tmp_path):
+    """At a rate that moves nothing, the weights are those, whatever the optimizer."""
+    other = changed(
+        config,
+        init_from=str(finished),
+        optimizer__name="adam",
+        optimizer__learning_rate=1e-30,
+        num_epochs=0.25,
+        seed=1,
+    )
+    values = train(other, tmp_path / "run", programs=ONE_DEVICE)
+    assert values["step"] == 1
+    found, source = final_state(other, tmp_path / "run"), final_state(config, finished)
+    assert_same(found.params, source.params)
+    assert jax.random.key_data(found.key).tolist() != jax.random.key_data(source.key).tolist()
+    layer = "MemorizedBatchNorm_0"
+    filled = [np.count_nonzero(s.batch_stats[layer]["count"][:, 0]) for s in (source, found)]
+    assert filled == [8, 9]
+    shutil.rmtree(tmp_path / "run" / CHECKPOINTS)  # Once it has begun, it needs the other no more.
+    for values, told in (
+        ({"model__features": (5,)}, r"has shape \(.*4\) there, expected \(.*5\)"),
+        ({"norm__memory_size": 8}, r"has shape \(64, 4\) there, expected \(8, 4\)"),
+        ({"norm__name": "batch"}, "other normalization layers"),
+        ({"init_from": str(tmp_path / "none")}, "none has no sound checkpoint"),
+    ):
+        with pytest.raises(UserError, match=f"init_from=.*{told}"):
+            train(changed(other, **values), tmp_path / "other", programs=ONE_DEVICE)
+        shutil.rmtree(tmp_path / "other")
+
+
+def test_the_best_checkpoint_is_kept_and_evaluated(config, tmp_path):
+    state = replicate(small_state(), ONE_DEVICE.devices)
+    checkpoints = Checkpoints(tmp_path / "kept", keep=2, every=10, keep_best=True)
+    errors = {10: 0.3, 20: 0.1, 25: None, 30: 0.1, 40: 0.2, 50: 0.4, 60: 0.3}
+    for step, error in errors.items():
+        state = state.replace(step=jnp.full_like(state.step, step))
+        notes = {"test_error": error}
+        temporary = error is None
+        checkpoints.save(state, local_statistics=False, notes=notes, temporary=temporary)
+    checkpoints.close()
+    assert sorted(int(p.name) for p in (tmp_path / "kept").iterdir()) == [30, 50, 60]
+    checkpoints = Checkpoints(tmp_path / "kept")
+    best = checkpoints.restore(small_state(), local_statistics=False, best=True)
+    assert int(first_device(best.step)) == 30
+    checkpoints.close()
+
+    config = changed(config, keep_best=True, keep_checkpoints=1, optimizer__learning_rate=0.2)
+    train(config, tmp_path / "run", programs=ONE_DEVICE)
+    errors = {
+        r["step"]: r["test_error"] for r in read_metrics(tmp_path / "run") if "test_error" in r
+    }
+    best = min(errors, key=lambda step: (errors[step], -step))
+    evaluated = evaluate_run(tmp_path / "run", best=True)
+    assert evaluated["step"] == best
+    assert evaluated["error"] == errors[best]
+
+
+def small_state(impl=None):
+    tx = optax.sgd(0.1, momentum=0.9)
+    variables = {"params": {"kernel": jnp.ones((2, 3))}, "batch_stats": {"mean": jnp.ones((4, 3))}}
+    return TrainState.create(variables, tx, jax.random.key(7, impl=impl))
+
+
+IMPLEMENTATIONS = ("threefry2x32", "rbg", "unsafe_rbg")
+
+
+@pytest.mark.parametrize("saved", IMPLEMENTATIONS)
+def test_a_key_is_restored_as_it_was_saved_whatever_the_default_is(tmp_path, saved):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints.save(replicate(small_state(saved)), local_statistics=False)
+    for now in IMPLEMENTATIONS:
+        with jax.default_prng_impl(now):
+            found = first_device(checkpoints.restore(small_state(), local_statistics=False))
+        assert str(jax.random.key_impl(found.key)) == saved
+        assert_same(found, small_state(saved))
+    checkpoints.close()
+
+
+def test_a_run_resumes_and_evaluates_under_another_random_implementation(run, config, tmp_path):
+    longer = changed(config, num_epochs=3.0)
+    with jax.default_prng_impl("rbg"):
+        programs = Programs(jax.devices()[:1])  # Compiled with the other default.
+        assert evaluate_run(run)["error"] == read_metrics(run)[-1]["test_error"]
+        train(longer, run, programs=programs)
+    train(longer, tmp_path / "whole", programs=ONE_DEVICE)
+    assert_same(final_state(longer, run), final_state(longer, tmp_path / "whole"))
+
+
+def test_records_that_are_not_finite_are_json_and_come_back(tmp_path):
+    values = {"train_loss": math.nan, "test_loss": math.inf, "shift": -math.inf, "error": 0.5}
+    reporter = Reporter(tmp_path, first_step=0, total_steps=2, on_record=lambda *_: None)
+    reporter.write(1, values)
+    digest = reporter.sync()
+    reporter.close()
+
+    def refuse(constant):
+        raise AssertionError(f"{constant} is not JSON")
+
+    json.loads((tmp_path / METRICS).read_text(), parse_constant=refuse)
+    np.testing.assert_equal(read_metrics(tmp_path), [{"step": 1, **values}])
+    check_records(tmp_path, 1, digest)
+    # As older versions wrote it.
+    (tmp_path / METRICS).write_text('{"step": 1, "train_loss": NaN}\n')
+    assert math.isnan(read_metrics(tmp_path)[0]["train_loss"])
+
+
+def test_what_asyncio_says_late_of_a_full_disk_is_silent(caplog):
+    async def fail(error):
+        raise error
+
+    def leave_unretrieved(error):
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(fail(error))
+        loop.run_until_complete(asyncio.wait([task]))
+        loop.close()
+        del task
+        gc.collect()
+
+    full = "Error writing local file [os_error_code='28']"
+    logger = logging.getLogger("asyncio")
+    before = list(logger.filters)
+    try:
+        with pytest.raises(OSError, match="Error writing") as error, raised_once():
+            raise ValueError(full)
+        assert error.value.errno == 28
+        leave_unretrieved(ValueError(full))
+        leave_unretrieved(OSError(28, "No space left on device"))
+        assert "never retrieved" not in caplog.text
+        leave_unretrieved(ValueError("something else"))
+        assert "something else" in caplog.text
+    finally:
+        logger.filters[:] = before
+
+
+def test_platforms_that_are_not_there_are_told():
+    program = "from mbn_jax.main import eval_main; eval_main()"
+    for platform in ("cuda", "nonsense"):
+        told = subprocess.run(
+            [sys.executable, "-c", program, "--workdir=nowhere"],
+            env=os.environ | {"JAX_PLATFORMS": platform},
+            capture_output=True,
+            text=True,
+        )
+        assert told.returncode == ExitStatus.USER_MISTAKE
+        assert told.stderr.startswith(
+            f"mbn-eval: JAX finds no devices for JAX_PLATFORMS={platform!r}"
+        )
+        assert told.stderr.count("\n") == 1
