@@ -23,7 +23,9 @@ from mbn_jax.sweeps import runner as runner_module
 from mbn_jax.sweeps import storage as store
 from mbn_jax.sweeps.command import load_sweep, open_sweep, run_sweep
 from mbn_jax.sweeps.declaration import Member
-from mbn_jax.sweeps.results import read_results, summarize
+from mbn_jax.sweeps.lock import only_one
+from mbn_jax.sweeps.results import AXIS, RUN, VALUE, read_results, tidy
+from mbn_jax.sweeps.summary import summarize
 from mbn_jax.training.config import default_config
 from mbn_jax.training.config_files import parse_config
 from mbn_jax.training.loop import train
@@ -92,7 +94,7 @@ def run(path, overrides, seeds, workdir, devices=None):
 
 
 def results_of(workdir):
-    return read_results(store.open_study(workdir))
+    return tidy(read_results(store.open_study(workdir)))
 
 
 def comparable(results):
@@ -127,7 +129,7 @@ def test_members_that_differ_in_numbers_share_one_compilation(write_sweep, tmp_p
     assert runner.run(study) == {"finished": 24}
     assert runner.num_programs == 1
     assert runner.step_compilations == 1
-    results = read_results(study)
+    results = tidy(read_results(study))
     assert len(results) == 48  # Two evaluations each.
     # Another memory, another result: the numbers reach the program.
     assert results[results["last"]].groupby("norm.memory_size")["train_loss"].mean().nunique() == 8
@@ -144,7 +146,7 @@ def test_rates_decays_and_seeds_are_numbers_too(write_sweep, tmp_path):
     runner, study = open_sweep(path, [], None, tmp_path / "sweep", devices=jax.devices()[:1])
     assert runner.run(study) == {"finished": 16}
     assert runner.step_compilations == 1
-    assert read_results(study).query("last")["train_loss"].nunique() == 16
+    assert tidy(read_results(study)).query("last")["train_loss"].nunique() == 16
 
 
 @pytest.mark.usefixtures("share_programs")
@@ -204,7 +206,9 @@ def test_what_diverges_or_fails_is_recorded_and_the_rest_goes_on(
     assert results.loc["bad", "reason"].str.contains("at learning rate").all()
     assert (results.loc["bad", "end_step"] > 1).all()
     assert set(results.loc["broken", "reason"]) == {"MemoryError: no room left"}
-    table = summarize(results_of(workdir), {"norm": list(axes["norm"])}, "test_error", {})
+    table = summarize(
+        read_results(store.open_study(workdir)), {"norm": list(axes["norm"])}, "test_error", {}
+    )
     assert table["diverged"].tolist() == [0, 2, 0]
     assert table["failed"].tolist() == [0, 0, 2]
     page = (workdir / "report.html").read_text()
@@ -346,12 +350,12 @@ def test_a_runner_whose_member_was_taken_over_goes_on(write_sweep, tmp_path, mon
 
 
 def test_a_folder_has_one_writer(tmp_path):
-    with store.only_one(tmp_path / "run", give_up=lambda: False) as first:
+    with only_one(tmp_path / "run", give_up=lambda: False) as first:
         assert first
         answers = iter([False, True])
-        with store.only_one(tmp_path / "run", give_up=lambda: next(answers)) as second:
+        with only_one(tmp_path / "run", give_up=lambda: next(answers)) as second:
             assert not second
-    with store.only_one(tmp_path / "run", give_up=lambda: False) as again:
+    with only_one(tmp_path / "run", give_up=lambda: False) as again:
         assert again
 
 
@@ -410,8 +414,8 @@ def test_two_runners_share_the_members(write_sweep, tmp_path):
 def test_members_of_runners_that_are_gone_are_given_up(tmp_path, monkeypatch):
     study = store.open_study(tmp_path)
     members = [Member({"seedless": i}, 0, {"seed": 0}) for i in range(5)]
-    store.enqueue_missing(study, members, 1)
-    store.enqueue_missing(study, members, 1)
+    store.enqueue_missing(study, members)
+    store.enqueue_missing(study, members)
     assert len(study.get_trials()) == 5  # Once is enough.
     gone, alive, elsewhere, _ = (study.ask() for _ in range(4))
     here = store.this_runner()
@@ -428,7 +432,7 @@ def test_members_of_runners_that_are_gone_are_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "GRACE_SECONDS", 0)
     store.give_up_stale(study)
     assert states() == [TrialState.FAIL, running, running, TrialState.FAIL]
-    store.enqueue_missing(study, members, 1)
+    store.enqueue_missing(study, members)
     waiting = study.get_trials(states=(TrialState.WAITING,))
     # The last was never asked for.
     expected = [members[i].name for i in (4, 0, 3)]
@@ -499,6 +503,12 @@ def test_results_are_one_tidy_table(write_sweep, tmp_path):
     assert table["test_error"].between(0, 1).all()
 
 
+def grouped(*run_columns):
+    """Columns of results with an axis x and a recorded value."""
+    columns = [(AXIS, "x"), *((RUN, name) for name in run_columns), (VALUE, "value")]
+    return pd.MultiIndex.from_tuples(columns)
+
+
 def test_a_summary_takes_the_last_value_that_was_measured():
     rows = [
         ("a", 0, "finished", False, 1.0),
@@ -507,7 +517,7 @@ def test_a_summary_takes_the_last_value_that_was_measured():
         ("a", 1, "finished", True, 3.0),
         ("a", 2, "finished", True, np.nan),
     ]
-    results = pd.DataFrame(rows, columns=["x", "seed", "outcome", "last", "value"])
+    results = pd.DataFrame(rows, columns=grouped("seed", "outcome", "last"))
     (row,) = summarize(results, {"x": ["a"]}, "value", {}).to_dict("records")
     # 1 degree of freedom: a seed without the metric has no part in it.
     assert (row["mean"], row["seeds"]) == (2.0, 2)
@@ -525,9 +535,11 @@ def test_summary_against_numbers_by_hand():
         ("b", 1, "diverged", 9.0),
         ("b", 2, "finished", 3.5),
     ]
-    results = pd.DataFrame(rows, columns=["x", "seed", "outcome", "value"]).assign(last=True)
-    table = summarize(results, {"x": ["b", "a"]}, "value", {"x": "a"}).set_index("x")
-    assert list(table.index) == ["b", "a"]
+    results = pd.DataFrame(rows, columns=grouped("seed", "outcome"))
+    results[RUN, "last"] = True
+    table = summarize(results, {"x": ["b", "a"]}, "value", {"x": "a"})
+    assert list(table.index) == [("b",), ("a",)]
+    table = table.set_axis(["b", "a"])
     assert table.loc["a", "mean"] == pytest.approx(7 / 3)
     assert table.loc["a", "standard_deviation"] == pytest.approx(np.std([1, 2, 4], ddof=1))
     # Student's t for 95 % and 2 degrees of freedom.
@@ -557,7 +569,7 @@ def test_dry_run_shows_the_members_and_writes_nothing(write_sweep, tmp_path, cap
     [
         ({"norm.memry_size": (1,)}, [], "no field norm.memry_size; did you mean norm.memory_size"),
         ({"norm.memory_size": ("many",)}, [], "a value of the wrong type"),
-        ({"norm.memory_size": (0,)}, [], "norm.memory_size must be 1 or more, got 0"),
+        ({"norm.memory_size": (-1,)}, [], "norm.memory_size must be . or more, got -1"),
         ({"norm.decay": (1.0, 2.0)}, [], r"norm.decay must be in \(0, 1\], got 2.0"),
         ({"norm.decay": (1.0, 1.0)}, [], "axis 'norm.decay' has a value twice"),
         ({"norm.decay": ()}, [], "cannot have the axis 'norm.decay' with 0 values"),
