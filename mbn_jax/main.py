@@ -158,11 +158,10 @@ results.csv, results.parquet, and what mbn-report writes.""",
         open_sweep,
         run_sweep,
     )
-    from mbn_jax.sweeps.terminal import say
 
     workdir = _folder(args.workdir)
     if args.dry_run:
-        say(dry_run(args.experiment, overrides, args.seeds, workdir))
+        print(dry_run(args.experiment, overrides, args.seeds, workdir))
         return 0
     runner, study = open_sweep(
         args.experiment,
@@ -174,7 +173,7 @@ results.csv, results.parquet, and what mbn-report writes.""",
     )
     outcomes = run_sweep(workdir, runner, study)
     told = ", ".join(f"{count} {outcome}" for outcome, count in sorted(outcomes.items()))
-    say(f"{told}; results in {args.workdir}/results.csv, report in {args.workdir}/report.html")
+    print(f"{told}; results in {args.workdir}/results.csv, report in {args.workdir}/report.html")
     return FAILED if outcomes["failed"] else 0
 
 
@@ -191,9 +190,8 @@ def report_command(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
 
     from mbn_jax.sweeps.command import report_sweep
-    from mbn_jax.sweeps.terminal import say
 
-    say(str(report_sweep(_folder(args.workdir), args.storage)))
+    print(report_sweep(_folder(args.workdir), args.storage))
     return 0
 
 
