@@ -70,7 +70,7 @@ def dry_run(
     estimate = runner.estimate()
     total = (
         f"{len(runner.members)} members, {runner.num_programs} compilations of the step on each "
-        f"of {len(runner.devices)} devices, about {duration(estimate.seconds)}"
+        f"of {len(runner.devices)} devices, about {duration(estimate.seconds)} without checkpoints"
     )
     if estimate.num_measured < runner.num_programs:
         total += (

@@ -68,8 +68,10 @@ def start(compiled, *argv, waits=False):
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+    # A process that is killed leaves, and one beside it reads, programs that are half written.
+    half_written = "ignore:Error reading persistent compilation cache entry"
     return subprocess.Popen(
-        [sys.executable, "-W", "error", "-c", code, *argv],
+        [sys.executable, "-W", "error", "-W", half_written, "-c", code, *argv],
         env=os.environ | environment,
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
