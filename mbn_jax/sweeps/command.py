@@ -16,9 +16,11 @@ from ml_collections import ConfigDict
 from mbn_jax.errors import UserError
 from mbn_jax.sweeps import storage as store
 from mbn_jax.sweeps.declaration import Sweep
+from mbn_jax.sweeps.estimate import COST_FIELDS
 from mbn_jax.sweeps.report import write_report
 from mbn_jax.sweeps.results import read_results, write_results
 from mbn_jax.sweeps.runner import Runner
+from mbn_jax.sweeps.terminal import duration
 from mbn_jax.training.config_files import call_in_file, override_fields, parse_config
 from mbn_jax.training.workdir import make_folder
 
@@ -29,9 +31,9 @@ def load_sweep(path: str, overrides: Sequence[str], seeds: int | None) -> tuple[
     """Reads an experiment file.
 
     Args:
-      path: of a Python file with `get_sweep()`.
+      path: a Python file with `get_sweep()`.
       overrides: as on the command line, '--config.FIELD=VALUE'.
-      seeds: how many; default: what the file says.
+      seeds: how many; default: as the file says.
 
     Returns:
       The sweep, and the config that all members share.
@@ -65,13 +67,18 @@ def dry_run(
     """Returns the members, their count and an estimate of the time; writes nothing."""
     sweep, config = load_sweep(experiment, overrides, seeds)
     runner = Runner(sweep, config, workdir)
-    lines = [member.name for member in runner.members]
-    seconds = runner.estimate_seconds()
-    lines.append(
-        f"{len(lines)} members, {runner.num_programs} compilations of the step on each of "
-        f"{len(runner.devices)} devices, about {_duration(seconds)}"
+    estimate = runner.estimate()
+    total = (
+        f"{len(runner.members)} members, {runner.num_programs} compilations of the step on each "
+        f"of {len(runner.devices)} devices, about {duration(estimate.seconds)} without checkpoints"
     )
-    return "\n".join(lines)
+    if estimate.num_measured < runner.num_programs:
+        total += (
+            f" (measured {estimate.num_measured} of the {runner.num_programs} programs; each "
+            "other was taken to be as fast as the one with the same "
+            f"{', '.join(COST_FIELDS[:-1])} and {COST_FIELDS[-1]})"
+        )
+    return "\n".join([*(member.name for member in runner.members), total])
 
 
 def open_sweep(
@@ -88,15 +95,15 @@ def open_sweep(
 
     Args:
       experiment: a Python file with `get_sweep()`.
-      overrides: of its config, '--config.FIELD=VALUE'.
-      seeds: how many; default: what the file says.
-      workdir: of the sweep; made where missing.
-      storage: SQLAlchemy address of a database for several machines; default: in the workdir.
+      overrides: changes to its config, '--config.FIELD=VALUE'.
+      seeds: how many; default: as the file says.
+      workdir: the sweep's folder; made where missing.
+      storage: SQLAlchemy URL of a database for several machines; default: in the workdir.
       devices: to run on; default: all of this host.
       retry_failed: run members again that failed.
 
     Returns:
-      What runs it, and what holds its state.
+      The runner of the sweep, and the study that holds its state.
 
     Raises:
       UserError: for a file, a field, a value or a workdir that cannot work.
@@ -105,7 +112,7 @@ def open_sweep(
     runner = Runner(sweep, config, workdir, devices)
     make_folder(workdir)
     study = store.open_study(workdir, storage)
-    store.check_sweep(study, config, runner.members)
+    store.check_sweep(study, config, sweep.members())
     if retry_failed:
         store.retry_failed(study)
     study.set_user_attr(store.SWEEP, describe(sweep))
@@ -124,7 +131,7 @@ def run_sweep(workdir: pathlib.Path, runner: Runner, study: optuna.Study) -> Cou
 
 
 def describe(sweep: Sweep) -> dict:
-    """Returns what a report must know of a sweep, as JSON has it."""
+    """Returns what a report must know of a sweep, in the types of JSON."""
     device = jax.local_devices()[0]
     return {
         "title": sweep.title,
@@ -163,16 +170,3 @@ def write_all(workdir: pathlib.Path, study: optuna.Study) -> pathlib.Path:
     results = read_results(study)
     write_results(results, workdir)
     return write_report(study, results, workdir)
-
-
-def _duration(seconds: float) -> str:
-    """Returns a time in two units.
-
-    >>> _duration(3723)
-    '1 h 2 min'
-    """
-    if seconds < 60:
-        return f"{seconds:.0f} s"
-    if seconds < 3600:
-        return f"{seconds // 60:.0f} min {seconds % 60:.0f} s"
-    return f"{seconds // 3600:.0f} h {seconds % 3600 // 60:.0f} min"

@@ -1,141 +1,111 @@
-"""The results of a sweep: one tidy table, and the statistics that a report shows of it."""
+"""The results of a sweep: one table, in memory and as `results.csv` and `results.parquet`.
+
+In memory a column is a pair, its group and its name, so that an axis called `learning_rate` and the
+learning rate that a run recorded are two columns. The files have one name a column.
+"""
 
 import io
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from typing import Any
 
-import numpy as np
 import optuna
 import pandas as pd
-import scipy.stats
+from optuna.trial import FrozenTrial
 
 from mbn_jax.sweeps import storage as store
 from mbn_jax.training.workdir import replace
 
 CSV = "results.csv"
 PARQUET = "results.parquet"
-CONFIDENCE = 0.95
+
+RUN = "run"
+"""What every sweep has, `mbn_jax.sweeps.declaration.RESERVED`."""
+
+AXIS = "axis"
+FIELD = "field"
+"""Config fields that the named variants of an axis set."""
+
+VALUE = "value"
+"""What the runs recorded: losses, errors, the metrics of a user."""
+
+ORDER = (AXIS, FIELD, RUN, VALUE)
+PRECEDENCE = (RUN, AXIS, FIELD, VALUE)
+"""Of two columns with one name, the later one's gets its group in front in the files."""
 
 
 def read_results(study: optuna.Study) -> pd.DataFrame:
     """Reads the results of a sweep.
 
     Returns:
-      One row a member and evaluation, oldest first, and a last one without values for a member that
-      ended before its first: a column for each axis, each swept field and the seed; 'outcome'
+      One row a member and evaluation, oldest first, and one row without values for a member that
+      has none. Its columns are pairs: 'axis' and the name of each axis; 'field' and each swept
+      field, where no axis has the same values under that name; 'run' and 'seed', 'outcome'
       ('finished', 'diverged', 'failed', 'running', 'waiting'), 'reason' and 'end_step' of what did
-      not finish; 'step', 'last' (whether it is the member's last), and the values; 'seconds' of the
-      member's run.
+      not finish, 'seconds' that the run took, 'last' (whether the row is the member's last) and
+      'step'; 'value' and the name of each recorded value.
     """
-    base, swept = study.user_attrs[store.CONFIG], study.user_attrs[store.SWEEP]["fields"]
     rows = []
     for name, trial in store.trials_by_member(study).items():
-        point = json.loads(name)
-        changed = trial.user_attrs[store.FIELDS]
-        fields = {field: changed.get(field, base[field]) for field in swept}
-        member = {
-            **{k: v for k, v in point.items() if k != "seed"},
-            **fields,
-            "seed": point["seed"],
-            "outcome": store.outcome(trial),
-            "reason": trial.user_attrs.get(store.REASON),
-            "end_step": trial.user_attrs.get(store.STEP),
-            "seconds": trial.user_attrs.get(store.COST, {}).get("seconds"),
-        }
+        member = _columns_of_member(study, name, trial)
         records = trial.user_attrs.get(store.RECORDS) or [{}]
-        for i, record in enumerate(records):
-            rows.append({**member, "last": i == len(records) - 1, **record})
-    return pd.DataFrame(rows)
+        for number, record in enumerate(records, start=1):
+            row = {**member, (RUN, "last"): number == len(records), (RUN, "step"): None}
+            for key, value in record.items():
+                row[(RUN, key) if key == "step" else (VALUE, key)] = value
+            rows.append(row)
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    columns.sort(key=lambda column: ORDER.index(column[0]))
+    cells = [[row.get(column) for column in columns] for row in rows]
+    results = pd.DataFrame(cells, columns=pd.MultiIndex.from_tuples(columns))
+    named_twice = [
+        (FIELD, name)
+        for group, name in columns
+        if group == AXIS
+        and (FIELD, name) in columns
+        and (results[AXIS, name] == results[FIELD, name]).all()
+    ]
+    return results.drop(columns=named_twice)
+
+
+def _columns_of_member(study: optuna.Study, name: str, trial: FrozenTrial) -> dict[tuple, Any]:
+    """Returns what all rows of a member share."""
+    base, swept = study.user_attrs[store.CONFIG], study.user_attrs[store.SWEEP]["fields"]
+    point, attributes = json.loads(name), trial.user_attrs
+    seed = point.pop("seed")
+    fields = {field: attributes[store.FIELDS].get(field, base[field]) for field in swept}
+    run = {
+        "seed": seed,
+        "outcome": store.outcome(trial),
+        "reason": attributes.get(store.REASON),
+        "end_step": attributes.get(store.STEP),
+        "seconds": attributes.get(store.COST, {}).get("seconds"),
+    }
+    groups = {AXIS: point, FIELD: fields, RUN: run}
+    return {(group, key): value for group, row in groups.items() for key, value in row.items()}
+
+
+def tidy(results: pd.DataFrame) -> pd.DataFrame:
+    """Returns the results with one name a column.
+
+    It is the plain name where that is free. Else the group comes first: the recorded rate beside an
+    axis `learning_rate` is `value:learning_rate`.
+    """
+    names: dict[tuple[str, str], str] = {}
+    for group, plain in sorted(results.columns, key=lambda c: PRECEDENCE.index(c[0])):
+        name = plain
+        while name in names.values():
+            name = f"{group}:{name}"
+        names[group, plain] = name
+    return results.set_axis([names[column] for column in results.columns], axis=1)
 
 
 def write_results(results: pd.DataFrame, workdir: pathlib.Path) -> None:
-    """Writes `results.csv` and `results.parquet`."""
-    replace(workdir / CSV, results.to_csv(index=False).encode())
+    """Writes `results.csv` and `results.parquet`, as `tidy` names the columns."""
+    table = tidy(results)
+    replace(workdir / CSV, table.to_csv(index=False).encode())
     # A column of Parquet has one type: True beside 0.9 becomes text.
-    mixed = [c for c in results if results[c].dropna().map(type).nunique() > 1]
+    mixed = [c for c in table if table[c].dropna().map(type).nunique() > 1]
     content = io.BytesIO()
-    results.astype(dict.fromkeys(mixed, str)).to_parquet(content, index=False)
+    table.astype(dict.fromkeys(mixed, str)).to_parquet(content, index=False)
     replace(workdir / PARQUET, content.getvalue())
-
-
-def interval(values: Sequence[float]) -> float:
-    """Returns the half width of the 95 % confidence interval of the mean, by Student's t.
-
-    >>> round(interval([1.0, 2.0, 3.0]), 3)
-    2.484
-    >>> interval([1.0])
-    nan
-    """
-    if len(values) < 2:
-        return float("nan")
-    quantile = scipy.stats.t.ppf((1 + CONFIDENCE) / 2, len(values) - 1)
-    return float(quantile * np.std(values, ddof=1) / np.sqrt(len(values)))
-
-
-def members(results: pd.DataFrame) -> pd.DataFrame:
-    """Returns one row a member: its last."""
-    return results[results["last"]]
-
-
-def finished(rows: pd.DataFrame, column: str, over_steps: str = "last") -> pd.Series:
-    """Returns a column of the runs that finished, by seed.
-
-    Args:
-      rows: of the results, at one point of the sweep.
-      column: of the results.
-      over_steps: the 'last' value that was measured, or the 'mean' over all.
-    """
-    rows = rows[(rows["outcome"] == store.FINISHED) & rows[column].notna()]
-    return rows.groupby("seed")[column].agg(over_steps)
-
-
-def summarize(
-    results: pd.DataFrame,
-    axes: Mapping[str, Sequence],
-    metric: str,
-    baseline: Mapping,
-    over_steps: str = "last",
-) -> pd.DataFrame:
-    """Summarizes a metric at each point, over the seeds.
-
-    Args:
-      results: of `read_results`.
-      axes: name of each axis and its values, in order.
-      metric: a column.
-      baseline: value on each axis, or on some: then each point is compared with the one that
-        differs from it in these alone.
-      over_steps: as for `finished`.
-
-    Returns:
-      A row a point: the axes; 'mean' and 'interval' (half width, 95 %), 'standard_deviation' and
-      'seeds' of the runs that finished; 'diverged' and 'failed'; 'difference' from the baseline and
-      'difference_interval', paired by seed over 'pairs' that finished in both.
-    """
-    names = list(axes)
-    rows = []
-    for point, group in results.groupby(names, sort=False):
-        ended = members(group)["outcome"]
-        values = finished(group, metric, over_steps)
-        row = dict(zip(names, point, strict=True))
-        row |= {
-            "mean": values.mean(),
-            "interval": interval(values),
-            "standard_deviation": values.std(),
-            "seeds": len(values),
-        }
-        row |= {kind: (ended == kind).sum() for kind in (store.DIVERGED, store.FAILED)}
-        other = {**row, **baseline}
-        is_other = np.logical_and.reduce([results[axis] == other[axis] for axis in names])
-        if baseline and any(row[axis] != other[axis] for axis in names):
-            pairs = (values - finished(results[is_other], metric, over_steps)).dropna()
-            row |= {
-                "difference": pairs.mean(),
-                "difference_interval": interval(pairs),
-                "pairs": len(pairs),
-            }
-        rows.append(row)
-    table = pd.DataFrame(rows)
-    for axis, values in axes.items():
-        table[axis] = pd.Categorical(table[axis], list(values), ordered=True)
-    return table.sort_values(names).reset_index(drop=True)

@@ -1,11 +1,12 @@
 """Members, their state and their results in an Optuna study: the queue that survives its runners.
 
-A member is a trial. Claiming one is atomic, whoever asks; a trial whose runner is gone is given up,
-and the member is enqueued again. What became of a member is an attribute of its trial, `OUTCOME`; a
-trial that ended without one did not finish.
+A member is one run of the sweep; a trial is one attempt at a member. Claiming a trial is atomic,
+whoever asks. A trial whose runner is gone is given up, and its member gets another. How a member
+ended is an attribute of its trial, `OUTCOME`; a trial that ended without one did not finish.
 """
 
 import datetime
+import json
 import os
 import pathlib
 import time
@@ -25,6 +26,7 @@ from mbn_jax.training.config import changes, fields
 STUDY = "sweep.db"
 HEARTBEAT_SECONDS = 10
 GRACE_SECONDS = 60
+CAPACITY = "norm.memory_capacity"
 
 # Attributes of a trial,
 MEMBER = "member"
@@ -48,33 +50,32 @@ DUPLICATE = "duplicate"
 def open_study(
     workdir: pathlib.Path, storage: str | None = None, *, create: bool = True
 ) -> optuna.Study:
-    """Opens the study of a workdir.
+    """Opens the study of a sweep.
 
     Args:
-      workdir: of the sweep.
-      storage: an SQLAlchemy address, for several machines, where the study has the workdir's name;
-        default: SQLite in the workdir.
+      workdir: the sweep's folder.
+      storage: SQLAlchemy URL of a database for several machines, where the study has the workdir's
+        name; default: SQLite in the workdir.
       create: whether to make one that is missing.
 
     Raises:
       UserError: where the database cannot be opened, or has no such study.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    # Heartbeats and what follows from them are experimental in name, for years.
+    # Optuna has called heartbeats, and what follows from them, experimental for years.
     warnings.filterwarnings("ignore", category=optuna.exceptions.ExperimentalWarning)
     path = (workdir / STUDY).absolute()
     if not create and storage is None and not path.exists():
         raise UserError(f"{workdir} is not the folder of a sweep: it has no {STUDY}")
-    url = storage or f"sqlite:///{path}"
     name = workdir.absolute().name if storage else "sweep"
     for attempts_left in reversed(range(5)):
         try:
-            database = _database(url)
+            database = _database(storage or _sqlite_url(path))
             if create:
                 return optuna.create_study(storage=database, study_name=name, load_if_exists=True)
             return optuna.load_study(storage=database, study_name=name)
         except KeyError as error:
-            raise UserError(f"{url} has no sweep called {name!r}") from error
+            raise UserError(f"{storage or path} has no sweep called {name!r}") from error
         except (
             ImportError,
             ValueError,
@@ -86,8 +87,20 @@ def open_study(
                 time.sleep(1)
                 continue
             reason = " ".join(str(error).split())
-            raise UserError(f"cannot open the sweep's database {url}: {reason}") from error
+            raise UserError(
+                f"cannot open the sweep's database {storage or path}: {reason}"
+            ) from error
     raise AssertionError("unreachable")
+
+
+def _sqlite_url(path: pathlib.Path) -> str:
+    """Returns the URL of a file, with what has a meaning in URLs (? # %) and in Optuna ({}) quoted.
+
+    >>> _sqlite_url(pathlib.Path("/runs/50 % {a}?/sweep.db"))
+    'sqlite:////runs/50 %25 %7Ba%7D%3F/sweep.db'
+    """
+    url = sqlalchemy.engine.URL.create("sqlite", database=str(path))
+    return url.render_as_string(hide_password=False)
 
 
 def _database(url: str) -> optuna.storages.RDBStorage:
@@ -96,7 +109,7 @@ def _database(url: str) -> optuna.storages.RDBStorage:
         url,
         heartbeat_interval=HEARTBEAT_SECONDS,
         grace_period=GRACE_SECONDS,
-        # Of SQLite: seconds to wait for another writer.
+        # For SQLite: seconds to wait for another writer.
         engine_kwargs={"connect_args": {"timeout": 60}} if is_sqlite else None,
     )
     if is_sqlite:
@@ -115,10 +128,10 @@ def _database(url: str) -> optuna.storages.RDBStorage:
 
 
 def check_sweep(study: optuna.Study, config: ConfigDict, members: Sequence[Member]) -> None:
-    """Binds a study to its members' settings; what ran must be declared as it ran.
+    """Binds a study to its members' settings; what has run must be declared as it ran.
 
     Args:
-      study: of the sweep.
+      study: the sweep's.
       config: that all members share.
       members: all that are declared; more than before is fine.
 
@@ -132,7 +145,7 @@ def check_sweep(study: optuna.Study, config: ConfigDict, members: Sequence[Membe
             f"the sweep in this workdir has another config ({differing}); use another --workdir, "
             "or the config it was started with"
         )
-    declared = {member.name: member for member in members}
+    declared = {member.name: member.fields for member in members}
     known = trials_by_member(study)
     gone = set(known) - set(declared)
     if gone:
@@ -141,24 +154,24 @@ def check_sweep(study: optuna.Study, config: ConfigDict, members: Sequence[Membe
             f"declares ({min(gone)}); put them back, or use another --workdir"
         )
     for name, trial in known.items():
-        before = {k: v for k, v in trial.user_attrs[FIELDS].items() if k != "norm.memory_capacity"}
-        if before != declared[name].fields:
+        ran = trial.user_attrs[FIELDS]
+        # The runner may have set the capacity, for the largest memory that was declared then.
+        before = {k: v for k, v in ran.items() if k in declared[name] or k != CAPACITY}
+        if before != json.loads(json.dumps(declared[name])):  # JSON has lists for tuples.
             raise UserError(
                 f"the sweep in this workdir ran {name} with {before}, which the experiment now "
-                f"declares with {dict(declared[name].fields)}; use another --workdir, or change "
-                "it back"
+                f"declares with {dict(declared[name])}; use another --workdir, or change it back"
             )
     study.set_user_attr(CONFIG, now)
 
 
-def enqueue_missing(study: optuna.Study, members: Sequence[Member], capacity: int) -> None:
+def enqueue_missing(study: optuna.Study, members: Sequence[Member]) -> None:
     """Enqueues the members that are neither waiting nor running nor done.
 
     Args:
-      study: of the sweep.
-      members: all that are declared.
-      capacity: slots of the memory of members that are enqueued for the first time; a member keeps
-        its own.
+      study: the sweep's.
+      members: all that are declared, with all the fields to run them with; one that was enqueued
+        before keeps the fields that it had.
     """
     known = trials_by_member(study)
     missing = [member for member in members if member.name not in known]
@@ -170,11 +183,10 @@ def enqueue_missing(study: optuna.Study, members: Sequence[Member], capacity: in
         if MEMBER in t.user_attrs
     }
     for member in missing:
-        new = {**member.fields, "norm.memory_capacity": capacity}
         attributes = {
             MEMBER: member.name,
             FOLDER: member.folder,
-            FIELDS: earlier.get(member.name, new),
+            FIELDS: earlier.get(member.name, dict(member.fields)),
         }
         study.enqueue_trial({}, user_attrs=attributes)
 

@@ -50,7 +50,7 @@ def workdir(tmp_path_factory):
     config = default_config()
     study.set_user_attr("config", fields(config))
     study.set_user_attr("sweep", describe(SWEEP))
-    store.enqueue_missing(study, SWEEP.members(), 64)
+    store.enqueue_missing(study, SWEEP.members())
     for member in SWEEP.members():
         trial = study.ask()
         trial.set_user_attr(store.RUNNER, store.this_runner())
@@ -83,7 +83,7 @@ def test_the_page_stands_alone(workdir):
     assert "nan &lt;&amp;&gt;" in page
     assert "No figure of not_measured: nothing has measured it yet." in page
     assert 'name="viewport"' in page
-    assert page.count("<tr>") == page.count("</tr>")
+    assert page.count("<tr") == page.count("</tr>")
 
 
 def test_the_tables_are_right(workdir):

@@ -1,7 +1,6 @@
 """Sweeps: one program for many members, each run once, whatever is killed and whoever helps."""
 
 import dataclasses
-import functools
 import json
 import os
 import random
@@ -15,6 +14,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from optuna.trial import TrialState
+from small_sweeps import experiment, programs_on_device
 
 from mbn_jax.errors import UserError
 from mbn_jax.main import report_command, sweep_command
@@ -23,10 +23,10 @@ from mbn_jax.sweeps import runner as runner_module
 from mbn_jax.sweeps import storage as store
 from mbn_jax.sweeps.command import load_sweep, open_sweep, run_sweep
 from mbn_jax.sweeps.declaration import Member
-from mbn_jax.sweeps.results import read_results, summarize
-from mbn_jax.training.config import default_config
-from mbn_jax.training.config_files import parse_config
 from mbn_jax.training.lock import only_one
+from mbn_jax.sweeps.results import AXIS, RUN, VALUE, read_results, tidy
+from mbn_jax.sweeps.summary import summarize
+from mbn_jax.training.config_files import parse_config
 from mbn_jax.training.loop import train
 from mbn_jax.training.program import Programs
 from mbn_jax.training.reporting import read_metrics
@@ -37,63 +37,13 @@ pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage:UserWarning
 TIMES = ["images_per_second", "seconds"]
 
 
-@pytest.fixture
-def share_programs(monkeypatch):
-    """What one test has compiled serves the next."""
-    monkeypatch.setattr(runner_module, "Programs", programs_on)
-
-
-@functools.cache
-def programs_on_device(device):
-    return Programs([device])
-
-
-def programs_on(devices):
-    return programs_on_device(*devices)
-
-
-@pytest.fixture
-def write_sweep(data_dir, tmp_path):
-    """Writes an experiment file and its config; ten steps of two on part of the digits."""
-
-    def write(axes, *, seeds=1, name="experiment.py", extra="", **fields):
-        config = default_config()
-        config.update_from_flattened_dict(
-            {
-                "dataset.data_dir": data_dir,
-                "dataset.train_split": "train[:160]",
-                "dataset.test_split": "test[:100]",
-                "batch_size": 16,
-                "num_epochs": 1.0,
-                "model.features": (4, 4),
-                "log_every_steps": 2,
-                "eval_every_steps": 5,
-                **fields,
-            }
-        )
-        (tmp_path / "config.py").write_text(
-            "import json\nfrom ml_collections import ConfigDict\n"
-            f"def get_config():\n  return ConfigDict(json.loads({config.to_json()!r}))\n"
-        )
-        path = tmp_path / name
-        path.write_text(
-            "from mbn_jax.sweeps import Figure, Sweep\n"
-            "def get_sweep():\n"
-            f"  return Sweep(title='Test', configs={{'digits': 'config.py'}}, axes={axes!r},\n"
-            f"               seeds={seeds}, {extra})\n"
-        )
-        return str(path)
-
-    return write
-
-
 def run(path, overrides, seeds, workdir, devices=None):
     devices = devices or jax.devices()[:1]
     return run_sweep(workdir, *open_sweep(path, overrides, seeds, workdir, devices=devices))
 
 
 def results_of(workdir):
-    return read_results(store.open_study(workdir))
+    return tidy(read_results(store.open_study(workdir)))
 
 
 def comparable(results):
@@ -102,60 +52,69 @@ def comparable(results):
     return rows.reset_index(drop=True)
 
 
-def command(*argv):
+def start(compiled, *argv, waits=False):
+    """Starts mbn-sweep in a process; one that waits says 'ready' and reads a line first."""
     # A shell that starts the tests in the background has them ignore interrupts.
     code = (
         "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "from mbn_jax.main import sweep_main; sweep_main()"
+        "import mbn_jax.sweeps.command\n"
+        "from mbn_jax.main import sweep_main\n"
+        + ("print('ready', flush=True); input()\n" if waits else "")
+        + "sweep_main()"
     )
-    return [sys.executable, "-W", "error", "-c", code, *argv]
-
-
-def start(*argv):
+    environment = {
+        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # And one device.
+        "JAX_ENABLE_COMPILATION_CACHE": "1",
+        "JAX_COMPILATION_CACHE_DIR": str(compiled),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    }
+    # A process that is killed leaves, and one beside it reads, programs that are half written.
+    half_written = "ignore:Error reading persistent compilation cache entry"
     return subprocess.Popen(
-        command(*argv),
-        env=os.environ | {"XLA_FLAGS": ""},
+        [sys.executable, "-W", "error", "-W", half_written, "-c", code, *argv],
+        env=os.environ | environment,
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
 
 
-def test_members_that_differ_in_numbers_share_one_compilation(write_sweep, tmp_path):
+def test_members_that_differ_in_numbers_share_one_compilation(write_sweep, tmp_path, monkeypatch):
+    programs = Programs(jax.devices()[:1])
+    monkeypatch.setattr(runner_module, "Programs", lambda devices: programs)
     axes = {"norm.memory_size": (1, 2, 3, 4, 5, 6, 7, 8)}
     path = write_sweep(axes, seeds=3, extra="baseline={'norm.memory_size': 1}")
-    runner, study = open_sweep(path, [], None, tmp_path / "sweep", devices=jax.devices()[:1])
+    runner, study = open_sweep(path, [], None, tmp_path / "sizes", devices=jax.devices()[:1])
     assert runner.run(study) == {"finished": 24}
     assert runner.num_programs == 1
     assert runner.step_compilations == 1
-    results = read_results(study)
+    results = tidy(read_results(study))
     assert len(results) == 48  # Two evaluations each.
     # Another memory, another result: the numbers reach the program.
     assert results[results["last"]].groupby("norm.memory_size")["train_loss"].mean().nunique() == 8
     assert results[results["last"]]["train_loss"].nunique() == 24
-
-
-def test_rates_decays_and_seeds_are_numbers_too(write_sweep, tmp_path):
+    # Rates, decays and seeds are numbers too.
     axes = {
         "norm.decay": (0.5, 1.0),
         "optimizer.learning_rate": (0.01, 0.1),
         "optimizer.weight_decay": (0.0, 0.1),
     }
     path = write_sweep(axes, seeds=2)
-    runner, study = open_sweep(path, [], None, tmp_path / "sweep", devices=jax.devices()[:1])
+    runner, study = open_sweep(path, [], None, tmp_path / "rates", devices=jax.devices()[:1])
     assert runner.run(study) == {"finished": 16}
     assert runner.step_compilations == 1
-    assert read_results(study).query("last")["train_loss"].nunique() == 16
+    assert tidy(read_results(study)).query("last")["train_loss"].nunique() == 16
 
 
 @pytest.mark.usefixtures("share_programs")
 def test_the_number_of_devices_changes_no_result(write_sweep, tmp_path):
     path = write_sweep({"norm.memory_size": (1, 4)}, seeds=3, **{"dataset.crop_padding": 1})
-    for count in (1, 4):
+    for count in (1, 2):
         outcomes = run(path, [], None, tmp_path / str(count), devices=jax.devices()[:count])
         assert outcomes == {"finished": 6}
-    one, four = (comparable(results_of(tmp_path / str(count))) for count in (1, 4))
-    pd.testing.assert_frame_equal(one, four, check_exact=True)
+    one, two = (comparable(results_of(tmp_path / str(count))) for count in (1, 2))
+    pd.testing.assert_frame_equal(one, two, check_exact=True)
 
 
 @pytest.mark.usefixtures("share_programs")
@@ -165,7 +124,8 @@ def test_a_member_is_the_run_that_its_config_says(write_sweep, tmp_path):
     folder = tmp_path / "sweep" / "members" / "memory_size=2,seed=1"
     config = parse_config(str(tmp_path / "config.py"))
     config.norm.memory_size, config.norm.memory_capacity, config.seed = 2, 8, 1
-    train(config, tmp_path / "alone", programs=Programs(jax.devices()[:1]))
+    programs = programs_on_device(jax.devices()[0])
+    train(config, tmp_path / "alone", programs=programs)
 
     def records(workdir):
         return [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(workdir)]
@@ -173,7 +133,7 @@ def test_a_member_is_the_run_that_its_config_says(write_sweep, tmp_path):
     assert records(tmp_path / "alone") == records(folder)
     # Room for more slots than are used changes nothing but the order of float32 sums.
     config.norm.memory_capacity = 0
-    small = train(config, tmp_path / "small", programs=Programs(jax.devices()[:1]))
+    small = train(config, tmp_path / "small", programs=programs)
     assert small["train_loss"] == pytest.approx(records(folder)[-1]["train_loss"], rel=1e-4)
 
 
@@ -205,7 +165,9 @@ def test_what_diverges_or_fails_is_recorded_and_the_rest_goes_on(
     assert results.loc["bad", "reason"].str.contains("at learning rate").all()
     assert (results.loc["bad", "end_step"] > 1).all()
     assert set(results.loc["broken", "reason"]) == {"MemoryError: no room left"}
-    table = summarize(results_of(workdir), {"norm": list(axes["norm"])}, "test_error", {})
+    table = summarize(
+        read_results(store.open_study(workdir)), {"norm": list(axes["norm"])}, "test_error", {}
+    )
     assert table["diverged"].tolist() == [0, 2, 0]
     assert table["failed"].tolist() == [0, 0, 2]
     page = (workdir / "report.html").read_text()
@@ -246,7 +208,11 @@ def test_a_member_in_work_keeps_its_capacity_when_larger_memories_are_added(
 ):
     workdir = tmp_path / "sweep"
     runner, study = open_sweep(
-        write_sweep({"norm.memory_size": (1, 4)}), [], None, workdir, devices=jax.devices()[:1]
+        write_sweep({"norm.memory_size": (1, 4)}, **{"norm.memory_capacity": 0}),
+        [],
+        None,
+        workdir,
+        devices=jax.devices()[:1],
     )
 
     def stop_later(config, *args, **kwargs):
@@ -257,7 +223,8 @@ def test_a_member_in_work_keeps_its_capacity_when_larger_memories_are_added(
         patch.setattr(runner_module, "train", stop_later)
         runner.run(study)
     assert store.outcome(study.get_trials()[0]) == "fail"
-    assert run(write_sweep({"norm.memory_size": (1, 4, 8)}), [], None, workdir) == {"finished": 3}
+    path = write_sweep({"norm.memory_size": (1, 4, 8)}, **{"norm.memory_capacity": 0})
+    assert run(path, [], None, workdir) == {"finished": 3}
     capacity = {
         json.loads(name)["norm.memory_size"]: t.user_attrs[store.FIELDS]["norm.memory_capacity"]
         for name, t in store.trials_by_member(study).items()
@@ -368,24 +335,59 @@ def records_in(workdir):
     return sum(len(read_metrics(folder)) for folder in workdir.glob("members/*"))
 
 
-def test_killed_again_and_again_a_sweep_loses_and_repeats_nothing(write_sweep, tmp_path):
-    path = write_sweep({"norm.memory_size": (1, 2, 4, 8)}, seeds=2, num_epochs=20.0)
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = start(path, f"--workdir={whole}")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """A folder in which the processes of this file keep what they compile."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def killed_and_whole(data_dir, tmp_path_factory, compiled):
+    """One experiment, run by two runners, and once more by runners that are killed."""
+    folder = tmp_path_factory.mktemp("processes")
+    path = experiment(
+        folder, data_dir, {"norm.memory_size": (1, 2, 4, 8)}, seeds=2, num_epochs=10.0
+    )
+    return path, folder / "whole é ?a=%20#{b}", folder / "killed"
+
+
+@pytest.mark.slow
+def test_two_runners_share_the_members_in_a_folder_of_any_name(killed_and_whole, compiled):
+    path, whole, _ = killed_and_whole
+    runners = [start(compiled, path, f"--workdir={whole}", waits=True) for _ in range(2)]
+    for process in runners:
+        assert process.stdout.readline() == "ready\n"
+    for process in runners:
+        process.stdin.write("\n")
+        process.stdin.flush()
+    for process in runners:
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
+        assert "8 finished" in output
+    assert {path.name for path in whole.parent.iterdir() if path.is_dir()} <= {whole.name, "killed"}
+    study = store.open_study(whole, create=False)
+    ran = [t for t in study.get_trials() if t.user_attrs.get(store.OUTCOME) == store.FINISHED]
+    assert sorted(t.user_attrs[store.MEMBER] for t in ran) == sorted(store.trials_by_member(study))
+    assert {t.user_attrs[store.RUNNER]["pid"] for t in ran} == {p.pid for p in runners}
+    assert report_command([str(whole)]) == 0
+
+
+@pytest.mark.slow
+def test_killed_again_and_again_a_sweep_loses_and_repeats_nothing(killed_and_whole, compiled):
+    path, whole, killed = killed_and_whole
     rng = random.Random(0)
     for _ in range(2):
         before = records_in(killed)
-        process = start(path, f"--workdir={killed}")
+        process = start(compiled, path, f"--workdir={killed}")
         while records_in(killed) == before and process.poll() is None:
             time.sleep(0.01)
         time.sleep(rng.random())  # Anywhere in a run, between runs, while the study is written.
         process.send_signal(signal.SIGKILL)
         process.communicate()
-    process = start(path, f"--workdir={killed}")
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    for workdir in (killed, whole):  # The second is done, where the test before has run.
+        process = start(compiled, path, f"--workdir={workdir}")
+        output, _ = process.communicate(timeout=300)
+        assert process.returncode == 0, output
     study = store.open_study(killed)
     ended = [t for t in study.get_trials() if t.user_attrs.get(store.OUTCOME) == store.FINISHED]
     names = [t.user_attrs[store.MEMBER] for t in ended]
@@ -395,24 +397,11 @@ def test_killed_again_and_again_a_sweep_loses_and_repeats_nothing(write_sweep, t
     )
 
 
-def test_two_runners_share_the_members(write_sweep, tmp_path):
-    path = write_sweep({"norm.memory_size": (1, 2, 4, 8)}, seeds=4, num_epochs=20.0)
-    runners = [start(path, f"--workdir={tmp_path / 'sweep'}") for _ in range(2)]
-    for process in runners:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output
-        assert "16 finished" in output
-    study = store.open_study(tmp_path / "sweep")
-    ran = [t for t in study.get_trials() if t.user_attrs.get(store.OUTCOME) == store.FINISHED]
-    assert sorted(t.user_attrs[store.MEMBER] for t in ran) == sorted(store.trials_by_member(study))
-    assert {t.user_attrs[store.RUNNER]["pid"] for t in ran} == {p.pid for p in runners}
-
-
 def test_members_of_runners_that_are_gone_are_given_up(tmp_path, monkeypatch):
     study = store.open_study(tmp_path)
     members = [Member({"seedless": i}, 0, {"seed": 0}) for i in range(5)]
-    store.enqueue_missing(study, members, 1)
-    store.enqueue_missing(study, members, 1)
+    store.enqueue_missing(study, members)
+    store.enqueue_missing(study, members)
     assert len(study.get_trials()) == 5  # Once is enough.
     gone, alive, elsewhere, _ = (study.ask() for _ in range(4))
     here = store.this_runner()
@@ -429,7 +418,7 @@ def test_members_of_runners_that_are_gone_are_given_up(tmp_path, monkeypatch):
     monkeypatch.setattr(store, "GRACE_SECONDS", 0)
     store.give_up_stale(study)
     assert states() == [TrialState.FAIL, running, running, TrialState.FAIL]
-    store.enqueue_missing(study, members, 1)
+    store.enqueue_missing(study, members)
     waiting = study.get_trials(states=(TrialState.WAITING,))
     # The last was never asked for.
     expected = [members[i].name for i in (4, 0, 3)]
@@ -452,18 +441,17 @@ def test_a_member_enqueued_twice_runs_once(tmp_path):
 @pytest.mark.parametrize(
     ("number", "status", "told"),
     [
-        (signal.SIGINT, 130, "interrupted; run the same command to resume"),
-        (
-            signal.SIGTERM,
-            75,
-            "stopped; the members in work are saved; run the same command to resume",
-        ),
+        (signal.SIGINT, 130, "interrupted; "),
+        (signal.SIGTERM, 75, "stopped; the members in work are saved; "),
     ],
     ids=["SIGINT", "SIGTERM"],
 )
-def test_an_interrupted_sweep_gives_its_members_back(write_sweep, tmp_path, number, status, told):
+@pytest.mark.slow
+def test_an_interrupted_sweep_gives_its_members_back(
+    write_sweep, tmp_path, compiled, number, status, told
+):
     path = write_sweep({"norm.memory_size": (1, 2)}, num_epochs=4000.0)
-    process = start(path, f"--workdir={tmp_path / 'sweep'}")
+    process = start(compiled, path, f"--workdir={tmp_path / 'sweep'}")
     folder = tmp_path / "sweep" / "members" / "memory_size=1,seed=0"
     while not (folder / "metrics.jsonl").exists() or not read_metrics(folder):
         assert process.poll() is None, process.communicate()
@@ -482,26 +470,32 @@ def test_an_interrupted_sweep_gives_its_members_back(write_sweep, tmp_path, numb
     assert report_command([str(tmp_path / "sweep")]) == 0
 
 
-@pytest.mark.usefixtures("share_programs")
+@pytest.mark.usefixtures("fake_train")
 def test_results_are_one_tidy_table(write_sweep, tmp_path):
     axes = {
         "variant": {"small": {"norm.memory_size": 2, "norm.gradient": "through"}, "default": {}},
         "dataset.flip": (False, True),
     }
     workdir = tmp_path / "sweep"
-    run(write_sweep(axes, seeds=2), ["--config.num_epochs=0.5"], None, workdir)
+    run(write_sweep(axes, seeds=2), [], None, workdir)
     table = pd.read_csv(workdir / "results.csv")
     parquet = pd.read_parquet(workdir / "results.parquet").fillna(np.nan)
     pd.testing.assert_frame_equal(table, parquet, check_dtype=False)
-    assert len(table) == 8
-    assert table["last"].all()
+    assert len(table) == 16
+    assert table["last"].tolist() == [False, True] * 8
     small = table[table["variant"] == "small"]
     assert set(small["norm.memory_size"]) == {2}
     assert set(small["norm.gradient"]) == {"through"}
-    assert set(table[table["variant"] == "default"]["norm.memory_size"]) == {64}
+    assert set(table[table["variant"] == "default"]["norm.memory_size"]) == {4}
     assert set(table["dataset.flip"]) == {False, True}
-    assert set(table["step"]) == {5}
+    assert set(table["step"]) == {5, 10}
     assert table["test_error"].between(0, 1).all()
+
+
+def grouped(*run_columns):
+    """Columns of results with an axis x and a recorded value."""
+    columns = [(AXIS, "x"), *((RUN, name) for name in run_columns), (VALUE, "value")]
+    return pd.MultiIndex.from_tuples(columns)
 
 
 def test_a_summary_takes_the_last_value_that_was_measured():
@@ -512,7 +506,7 @@ def test_a_summary_takes_the_last_value_that_was_measured():
         ("a", 1, "finished", True, 3.0),
         ("a", 2, "finished", True, np.nan),
     ]
-    results = pd.DataFrame(rows, columns=["x", "seed", "outcome", "last", "value"])
+    results = pd.DataFrame(rows, columns=grouped("seed", "outcome", "last"))
     (row,) = summarize(results, {"x": ["a"]}, "value", {}).to_dict("records")
     # 1 degree of freedom: a seed without the metric has no part in it.
     assert (row["mean"], row["seeds"]) == (2.0, 2)
@@ -530,9 +524,11 @@ def test_summary_against_numbers_by_hand():
         ("b", 1, "diverged", 9.0),
         ("b", 2, "finished", 3.5),
     ]
-    results = pd.DataFrame(rows, columns=["x", "seed", "outcome", "value"]).assign(last=True)
-    table = summarize(results, {"x": ["b", "a"]}, "value", {"x": "a"}).set_index("x")
-    assert list(table.index) == ["b", "a"]
+    results = pd.DataFrame(rows, columns=grouped("seed", "outcome"))
+    results[RUN, "last"] = True
+    table = summarize(results, {"x": ["b", "a"]}, "value", {"x": "a"})
+    assert list(table.index) == [("b",), ("a",)]
+    table = table.set_axis(["b", "a"])
     assert table.loc["a", "mean"] == pytest.approx(7 / 3)
     assert table.loc["a", "standard_deviation"] == pytest.approx(np.std([1, 2, 4], ddof=1))
     # Student's t for 95 % and 2 degrees of freedom.
@@ -547,12 +543,14 @@ def test_summary_against_numbers_by_hand():
 
 @pytest.mark.usefixtures("share_programs")
 def test_dry_run_shows_the_members_and_writes_nothing(write_sweep, tmp_path, capsys):
-    path = write_sweep({"norm.memory_size": (1, 4), "batch_size": (8, 16)}, seeds=2)
+    path = write_sweep({"norm.gradient": ("auto", "through"), "batch_size": (8, 16)}, seeds=2)
     assert sweep_command([path, f"--workdir={tmp_path / 'sweep'}", "--dry_run"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == 9
-    assert json.loads(lines[0]) == {"norm.memory_size": 1, "batch_size": 8, "seed": 0}
-    assert lines[-1].startswith("8 members, 2 compilations of the step on each of 8 devices, about")
+    assert json.loads(lines[0]) == {"norm.gradient": "auto", "batch_size": 8, "seed": 0}
+    assert lines[-1].startswith("8 members, 4 compilations of the step on each of 8 devices, about")
+    assert "(measured 2 of the 4 programs; each other was taken to be as fast as" in lines[-1]
+    assert "same dataset, model, batch_size, double_forward, shift and runtime)" in lines[-1]
     assert not (tmp_path / "sweep").exists()
 
 
@@ -562,7 +560,7 @@ def test_dry_run_shows_the_members_and_writes_nothing(write_sweep, tmp_path, cap
     [
         ({"norm.memry_size": (1,)}, [], "no field norm.memry_size; did you mean norm.memory_size"),
         ({"norm.memory_size": ("many",)}, [], "a value of the wrong type"),
-        ({"norm.memory_size": (0,)}, [], "norm.memory_size must be 1 or more, got 0"),
+        ({"norm.memory_size": (-1,)}, [], "norm.memory_size must be . or more, got -1"),
         ({"norm.decay": (1.0, 2.0)}, [], r"norm.decay must be in \(0, 1\], got 2.0"),
         ({"norm.decay": (1.0, 1.0)}, [], "axis 'norm.decay' has a value twice"),
         ({"norm.decay": ()}, [], "cannot have the axis 'norm.decay' with 0 values"),

@@ -571,7 +571,7 @@ def test_nothing_that_is_read_is_unpickled(finished_run, tmp_path):
     member = Member({"norm.memory_size": 4}, 0, {"norm.memory_size": 4, "seed": 0})
     study = store.open_study(tmp_path)
     store.check_sweep(study, config, [member])
-    store.enqueue_missing(study, [member], 4)
+    store.enqueue_missing(study, [member])
     study.set_user_attr(store.SWEEP, {"fields": ["norm.memory_size"]})
     results = read_results(store.open_study(tmp_path, create=False))
     write_results(results, tmp_path)
