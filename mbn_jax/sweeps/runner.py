@@ -79,7 +79,7 @@ class Runner:
         if twice:
             raise UserError(f"these members have names too much alike for folders: {twice}")
         for member in self.members:
-            self._first.experiment(self._config_of(member.fields))
+            self._first.task(self._config_of(member.fields))
         self._looking = threading.Lock()
         self._stop = threading.Event()
         self._errors: list[BaseException] = []

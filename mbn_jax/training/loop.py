@@ -1,42 +1,30 @@
 """The training run: from a configuration and a folder to a trained network and its curves."""
 
+import dataclasses
 import pathlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from mbn_jax.core.batch_stats import pool_batch_stats
 from mbn_jax.errors import UserError
 from mbn_jax.parallel.devices import check_alike, first_device, first_host_first, replicate
 from mbn_jax.parallel.preemption import StopAsked, StoppedError
 from mbn_jax.step.state import TrainState
 from mbn_jax.training.checkpoints import Checkpoints
-from mbn_jax.training.config import fields, steps_per_epoch, traced_values
-from mbn_jax.training.diagnostics import memory_distance
-from mbn_jax.training.divergence import DivergenceError, FiniteCheck, where_it_began
-from mbn_jax.training.norms import memory_rule
+from mbn_jax.training.config import fields
+from mbn_jax.training.divergence import DivergenceError, FiniteCheck, find_layer
+from mbn_jax.training.hparams import HParams
+from mbn_jax.training.norms import is_endless
+from mbn_jax.training.passes import evaluate, recalibrate, train_pass
 from mbn_jax.training.program import Program, Programs
 from mbn_jax.training.reporting import Reporter, draw_curves, read_metrics
-from mbn_jax.training.resuming import (
-    Start,
-    find_start,
-    go_back,
-    slowed,
-    steps_per_checkpoint,
-    whole_epoch,
-)
-from mbn_jax.training.workdir import (
-    CHECKPOINTS,
-    CONFIG,
-    open_workdir,
-    save_config,
-    writing,
-)
+from mbn_jax.training.resuming import Start, find_start
+from mbn_jax.training.shift import measure_shift
+from mbn_jax.training.workdir import CHECKPOINTS, CONFIG, open_workdir, save_config, writing
 
 LAST_VALUES = ("step", "train_", "test_", "recalibrated_test_")
 DISPATCHES_IN_FLIGHT = 8
@@ -51,223 +39,263 @@ def train(
     on_record: Callable[[int, dict[str, float]], None] | None = None,
     stop_asked: StopAsked | None = None,
 ) -> dict[str, float]:
-    """Trains as `config` says, or goes on where an earlier call in `workdir` stopped.
+    """Trains, or continues where an earlier call with the same `workdir` stopped.
 
     Args:
-      config: from `mbn_jax.training.config.default_config`, with changes.
-      workdir: folder for the config, metrics, events, checkpoints and curves; made where missing.
-      programs: the devices to run on and what is compiled for them, to share it with other runs;
-        default: all devices, nothing compiled.
-      on_record: called with the step and the values of each record, in place of the progress that
-        is shown otherwise; what it raises ends the run. Such a run draws no curves.
-      stop_asked: asked after every dispatch whether to save and stop there; alike on all hosts.
+      config: run configuration, from `mbn_jax.training.config.default_config` with changes.
+      workdir: folder for config, metrics, events, checkpoints and curves; made where missing.
+      programs: the devices to run on, and compiled programs to share with other runs; default: all
+        devices, nothing compiled.
+      on_record: called with the step and the values of each record, in place of the progress line;
+        an exception from it ends the run. Such a run draws no curves.
+      stop_asked: called after every dispatch; True saves and stops there. Its answers must be the
+        same on all hosts.
 
     Returns:
       The last values of 'train_loss', 'train_error', 'test_loss' and 'test_error', and 'step'; with
       `recalibrate_batches`, those of 'recalibrated_test_loss' and 'recalibrated_test_error' too.
 
     Raises:
-      UserError: for a configuration or data that cannot work, a workdir of another config, or one
-        that is damaged or cannot be written.
+      UserError: for a configuration or data that cannot work, or a workdir that is of another
+        configuration, damaged, or cannot be written.
       DivergenceError: if training diverges.
-      StoppedError: when `stop_asked` says so.
+      StoppedError: if `stop_asked` says so.
     """
     workdir = pathlib.Path(workdir)
-    programs = programs or Programs()
-    is_first = jax.process_index() == 0
-    with first_host_first():  # One prepares folder and data for all.
+    program = _open(config, workdir, programs or Programs())
+    start = find_start(program, config, workdir)
+    with first_host_first():  # If the first host cannot write, all of them end.
+        reporter = Reporter(
+            workdir,
+            first_step=start.step,
+            total_steps=program.task.total_steps,
+            on_record=on_record,
+            silent=jax.process_index() > 0,
+        )
+    if start.step:
+        reporter.say(f"resumed from the checkpoint of step {start.step}")
+    try:
+        _train_from(start, Run(program, config, workdir, reporter), stop_asked)
+    except DivergenceError as error:
+        last_saved = find_start(program, config, workdir).state
+        layer = find_layer(program, config, last_saved, error)
+        message = f"{error}; {layer}; training stopped. {REMEDY}"
+        raise DivergenceError(message, error.step, error.after_update) from error
+    with first_host_first(), writing(workdir):
+        if jax.process_index() == 0 and on_record is None:
+            draw_curves(workdir, run_title(config))
+    return last_values(workdir)
+
+
+def _open(config: ConfigDict, workdir: pathlib.Path, programs: Programs) -> Program:
+    """Opens the folder and the data of a run, and checks them; raises UserError."""
+    with first_host_first():  # One host prepares folder and data for all.
         open_workdir(config, workdir)
         program = programs.get(config)
-        if is_first and not (workdir / CONFIG).exists():
+        if jax.process_index() == 0 and not (workdir / CONFIG).exists():
             save_config(config, workdir)
         if not (workdir / CONFIG).exists():
             raise UserError(
                 f"Host {jax.process_index()} does not find what the first host wrote to "
                 f"--workdir={workdir}; give a folder that all hosts share."
             )
-
-    experiment = program.experiment
-    check_alike(training_examples=len(experiment.train), test_examples=len(experiment.test))
-    restores, went_back_to = 0, None
-    while True:
-        start = find_start(program, config, workdir)
-        if restores:
-            start.restores, start.went_back_to = restores, went_back_to
-        with first_host_first():  # Where the first one cannot write, all end.
-            reporter = Reporter(
-                workdir,
-                first_step=start.step,
-                total_steps=experiment.total_steps,
-                on_record=on_record,
-                silent=not is_first,
-            )
-        if start.step:
-            reporter.say(f"resumed from the checkpoint of step {start.step}")
-        try:
-            _train_from(start, program, config, workdir, reporter, stop_asked)
-            break
-        except DivergenceError as error:
-            state = find_start(program, config, workdir).state
-            began = where_it_began(program, slowed(config, start.restores), state, error)
-            told = f"{error}; {began}"
-            restores = start.restores
-            if config.on_divergence != "restore" or restores == config.max_restores:
-                gave_up = f" after {restores} restores" if restores else ""
-                raise DivergenceError(
-                    f"{told}; training stopped{gave_up}. {REMEDY}", error.step, error.after_update
-                ) from error
-            restores += 1
-            went_back_to = go_back(program, config, workdir, start.went_back_to)
-            reporter.say(
-                f"{told}; going back to step {went_back_to} with half the learning rate, "
-                f"{restores} of {config.max_restores} times."
-            )
-    with first_host_first(), writing(workdir):
-        if is_first and on_record is None:
-            draw_curves(workdir, run_title(config))
-    return last_values(workdir)
+    task = program.task
+    check_alike(training_examples=len(task.train), test_examples=len(task.test))
+    return program
 
 
-def _train_from(
-    start: Start,
-    program: Program,
-    config: ConfigDict,
-    workdir: pathlib.Path,
-    reporter: Reporter,
-    stop_asked: StopAsked | None,
-) -> None:
-    """Trains to the end, saving checkpoints; closes the reporter."""
-    with writing(workdir):
-        every = steps_per_checkpoint(program, config)
-        checkpoints = Checkpoints(workdir / CHECKPOINTS, keep=config.keep_checkpoints, every=every)
-    local = program.experiment.local_statistics
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run works with, from its start to its end.
+
+    Attributes:
+      program: compiled functions and data.
+      config: run configuration.
+      workdir: folder of the run.
+      reporter: writes records, and shows progress.
+    """
+
+    program: Program
+    config: ConfigDict
+    workdir: pathlib.Path
+    reporter: Reporter
+
+    @property
+    def steps_between_evaluations(self) -> int:
+        """Steps from one evaluation to the next."""
+        return self.config.eval_every_steps or self._steps_of_epoch
+
+    @property
+    def steps_between_checkpoints(self) -> int:
+        """Steps from one checkpoint to the next."""
+        return self.config.checkpoint_every_steps or self._steps_of_epoch
+
+    @property
+    def _steps_of_epoch(self) -> int:
+        """Steps of an epoch, rounded up to whole dispatches."""
+        stride = self.config.steps_per_dispatch
+        return -(-self.program.task.steps_per_epoch // stride) * stride
+
+
+@dataclasses.dataclass(frozen=True)
+class Due:
+    """What a run does after a step.
+
+    Attributes:
+      evaluates: whether it evaluates on the test split.
+      saves: whether it saves a checkpoint.
+      measures: whether it measures the shift of the statistics.
+      logs: whether it writes a record, as any of these does.
+    """
+
+    evaluates: bool
+    saves: bool
+    measures: bool
+    logs: bool
+
+    @classmethod
+    def after(cls, step: int, run: Run) -> "Due":
+        """Returns what is due after `step`; after the last step, all of it."""
+        last = step == run.program.task.total_steps
+        evaluates = last or step % run.steps_between_evaluations == 0
+        saves = last or step % run.steps_between_checkpoints == 0
+        shift_every = run.config.shift.every_steps
+        measures = bool(shift_every) and (last or step % shift_every == 0)
+        logs = evaluates or saves or measures or step % run.config.log_every_steps == 0
+        return cls(evaluates, saves, measures, logs)
+
+
+def _train_from(start: Start, run: Run, stop_asked: StopAsked | None) -> None:
+    """Trains to the end, with records and checkpoints on the way; closes the reporter."""
+    with writing(run.workdir):
+        checkpoints = Checkpoints(
+            run.workdir / CHECKPOINTS,
+            keep=run.config.keep_checkpoints,
+            every=run.steps_between_checkpoints,
+        )
     try:
-        for state, pending, temporary in _run(start, program, config, reporter, stop_asked):
-            notes = {
-                "config": fields(config),
-                "restores": start.restores,
-                "went_back_to": start.went_back_to,
-                "pending": pending,
-                "records": reporter.sync(),
-            }
-            with writing(workdir):
-                checkpoints.save(state, local_statistics=local, notes=notes, temporary=temporary)
+        _loop(start, run, checkpoints, stop_asked)
     finally:
         try:
-            reporter.close()
+            run.reporter.close()
         finally:
             checkpoints.close()
 
 
-def _run(
-    start: Start,
-    program: Program,
-    config: ConfigDict,
-    reporter: Reporter,
-    stop_asked: StopAsked | None,
-) -> Iterator[tuple[TrainState, dict[str, list[float]], bool]]:
-    """Trains to the end.
-
-    Yields:
-      The state, wherever it is to be saved; the metrics that are on no record yet; whether it is
-      saved only because the run stops.
-    """
-    experiment = program.experiment
-    config = slowed(config, start.restores)
-    schedule = experiment.schedule(config)
-    check = FiniteCheck(schedule, goes_on=config.on_divergence == "continue", say=reporter.say)
-    total_steps = experiment.total_steps
-    eval_every = config.eval_every_steps or whole_epoch(program, config)
-    checkpoint_every = steps_per_checkpoint(program, config)
-    shift_every = config.shift.every_steps
+def _loop(start: Start, run: Run, checkpoints: Checkpoints, stop_asked: StopAsked | None) -> None:
+    """Trains step by step; waits for the devices only where a record is due."""
+    program, config, reporter = run.program, run.config, run.reporter
+    total_steps = program.task.total_steps
+    schedule = program.task.schedule(HParams.from_config(config))
+    check = FiniteCheck(schedule)
     pending: list[Any] = [start.pending] if start.pending else []
-    clock, clock_step, before = time.monotonic(), start.step, start.step
-    # Nothing in the loop may wait for the device, but for a record.
-    for step, state, metrics, block in program.dispatches(config, start.state, total_steps):
+    clock, clock_step, previous = time.monotonic(), start.step, start.step
+    for step, state, metrics, upcoming in train_pass(program, config, start.state, total_steps):
         pending.append(metrics)
         if len(pending) > DISPATCHES_IN_FLIGHT:
-            # Not the newest: the device stays busy, and batches do not pile up on it.
+            # Waits for an older dispatch: the devices stay busy, and dispatches do not pile up.
             jax.block_until_ready(pending[-DISPATCHES_IN_FLIGHT])
-        last = step == total_steps
-        stops = stop_asked is not None and stop_asked(before + 1, step) and not last
-        before = step
-        evaluates = last or step % eval_every == 0
-        saves = last or step % checkpoint_every == 0
-        measures = shift_every and (last or step % shift_every == 0)
-        records = evaluates or saves or measures or step % config.log_every_steps == 0
-        if not (records or stops):
+        stops = stop_asked is not None and stop_asked(previous + 1, step) and step < total_steps
+        previous = step
+        due = Due.after(step, run)
+        if not (due.logs or stops):
             continue
-        found = _on_host(pending)
-        check.losses(found["loss"], step)
-        if records:
-            values = {f"train_{name}": float(np.mean(x)) for name, x in found.items()}
+        unlogged = _to_host(pending)
+        check.losses(unlogged["loss"], step)
+        if due.logs:
+            values = {f"train_{name}": float(np.mean(x)) for name, x in unlogged.items()}
             values["learning_rate"] = float(schedule(step - 1))
             images = (step - clock_step) * config.batch_size
             values["images_per_second"] = images / (time.monotonic() - clock)
-            if start.restores:
-                values["restores"] = start.restores
-            pending, found = [], {}
+            pending, unlogged = [], {}
             reporter.progress(step, values)
-        if evaluates:
-            values |= {f"test_{k}": v for k, v in program.evaluate(config, state).items()}
-            check(values["test_loss"], "test loss", step, after_update=True)
-            reporter.say(
-                f"step {step}/{total_steps}  test loss {values['test_loss']:.4f}  "
-                f"test error {values['test_error']:.2%}"
-            )
-            if last and config.recalibrate_batches and state.batch_stats:
-                fresh = program.recalibrate(config, state, config.recalibrate_batches)
-                recalibrated = program.evaluate(config, fresh)
-                values |= {f"recalibrated_test_{k}": v for k, v in recalibrated.items()}
-            if config.norm.name == "memorized":
-                reporter.write(step, _distances(program, config, state), only_events=True)
-        if measures:
-            values |= program.shift.measure(config, state, block)
-        if records:
+            if due.evaluates:
+                values |= _evaluate(run, state, step, check)
+            if due.measures:
+                values |= measure_shift(program, config, state, upcoming)
             reporter.write(step, values)
-        if saves or stops:
+        if due.saves or stops:
             check.params(state, step)
-            yield state, {name: x.tolist() for name, x in found.items()}, not saves
+            _save(run, checkpoints, state, unlogged, temporary=not due.saves)
         if stops:
             raise StoppedError(f"stopped after step {step}, which is saved")
         clock, clock_step = time.monotonic(), step
 
 
-def _on_host(pending: list[Any]) -> dict[str, np.ndarray]:
-    """Returns the metrics of the steps since the last record, `[steps]`."""
+def _to_host(pending: list[Any]) -> dict[str, np.ndarray]:
+    """Returns the metrics of several dispatches as `[steps]`."""
     host = [first_device(metrics) for metrics in jax.device_get(pending)]
     return {name: np.concatenate([metrics[name] for metrics in host]) for name in host[0]}
 
 
+def _evaluate(run: Run, state: TrainState, step: int, check: FiniteCheck) -> dict[str, float]:
+    """Returns 'test_loss' and 'test_error', at the end by recalibrated statistics too."""
+    program, config, total_steps = run.program, run.config, run.program.task.total_steps
+    values = {f"test_{k}": v for k, v in evaluate(program, config, state).items()}
+    check(values["test_loss"], "test loss", step, after_update=True)
+    run.reporter.say(
+        f"step {step}/{total_steps}  test loss {values['test_loss']:.4f}  "
+        f"test error {values['test_error']:.2%}"
+    )
+    if step == total_steps and config.recalibrate_batches and state.batch_stats:
+        fresh = recalibrate(program, config, state, config.recalibrate_batches)
+        found = evaluate(program, config, fresh)
+        values |= {f"recalibrated_test_{k}": v for k, v in found.items()}
+    return values
+
+
+def _save(
+    run: Run,
+    checkpoints: Checkpoints,
+    state: TrainState,
+    unlogged: dict[str, np.ndarray],
+    *,
+    temporary: bool,
+) -> None:
+    """Saves a checkpoint, after the records up to it are on disk."""
+    notes = {
+        "config": fields(run.config),
+        "pending": {name: x.tolist() for name, x in unlogged.items()},
+        "records": run.reporter.sync(),
+    }
+    with writing(run.workdir):
+        checkpoints.save(
+            state,
+            local_statistics=run.program.task.local_statistics,
+            notes=notes,
+            temporary=temporary,
+        )
+
+
 def estimate_seconds(program: Program, config: ConfigDict, seconds: float) -> float:
-    """Estimates the time of a run from a short one, compilation and checkpoints apart.
+    """Estimates the time of a run from a short one, without compilation and checkpoints.
 
     Args:
-      program: that serves the config.
-      config: of the run.
-      seconds: how long to measure the step for.
+      program: program of the run.
+      config: run configuration.
+      seconds: how long to measure the training steps.
 
     Returns:
-      Seconds for its steps, evaluations and measurements of the shift.
+      Seconds for the run's training steps, evaluations and measurements of the shift.
     """
-    experiment = program.experiment
-    total_steps = experiment.total_steps
-    values = replicate(traced_values(config), program.devices)
-    state = replicate(program.initial_state(config), program.devices)
-    data = program.data(experiment.train)
-    stride = min(config.steps_per_dispatch, total_steps)
-    dispatch = program.dispatch(stride)
-    block, _ = next(program.blocks(config, 0))
-    state, _ = dispatch(state, values, data, block)
-    jax.block_until_ready(state)
-    steps, begin = 0, time.monotonic()
-    while time.monotonic() - begin < seconds:
-        # The same batch again: the state is thrown away, and the cost is that of any other.
-        state = state.replace(step=jnp.zeros_like(state.step))
-        state, _ = dispatch(state, values, data, block)
-        jax.block_until_ready(state)
-        steps += stride
-    total = (time.monotonic() - begin) / steps * total_steps
+    task = program.task
+    total_steps, stride = task.total_steps, config.steps_per_dispatch
+    last_step = total_steps // stride * stride or total_steps  # Whole dispatches, if there are any.
+
+    def train_for(limit: float) -> tuple[TrainState, float]:
+        """Returns the state after `limit` seconds, or the last one, and the seconds of a step."""
+        begin = time.monotonic()
+        initial = replicate(program.init_state(config), program.devices)
+        for dispatch in train_pass(program, config, initial, last_step):
+            jax.block_until_ready(dispatch.state)
+            taken = time.monotonic() - begin
+            if taken >= limit:
+                break
+        return dispatch.state, taken / dispatch.step
+
+    train_for(0)  # Compiles.
+    state, seconds_of_step = train_for(seconds)
+    total = seconds_of_step * total_steps
 
     def time_of_second(call: Callable[[], Any]) -> float:
         call()  # Compiles.
@@ -275,34 +303,23 @@ def estimate_seconds(program: Program, config: ConfigDict, seconds: float) -> fl
         call()
         return time.monotonic() - begin
 
-    epoch = steps_per_epoch(config, len(experiment.train))
-    evaluation = time_of_second(lambda: program.evaluate(config, state))
-    total += evaluation * -(-total_steps // (config.eval_every_steps or epoch))
+    evaluations = -(-total_steps // (config.eval_every_steps or task.steps_per_epoch))
+    total += evaluations * time_of_second(lambda: evaluate(program, config, state))
     if config.shift.every_steps:
-        measurement = time_of_second(lambda: program.shift.measure(config, state, None))
-        total += measurement * (total_steps // config.shift.every_steps)
+        measurements = total_steps // config.shift.every_steps
+        total += measurements * time_of_second(lambda: measure_shift(program, config, state, None))
     return total
-
-
-def _distances(program: Program, config: ConfigDict, state: TrainState) -> dict[str, float]:
-    stats = first_device(state.batch_stats)
-    if config.norm.virtual_batch_size:
-        stats = pool_batch_stats(stats)
-    rule = memory_rule(config, program.experiment.total_steps)
-    distances = memory_distance(stats, *rule)
-    return {f"memory_distance/{path}": float(value) for path, value in distances.items()}
 
 
 def run_title(config: ConfigDict) -> str:
     """Returns a run in a few words, for figures and summaries."""
     norm = config.norm.name
     if norm == "memorized":
-        norm += f" (memory {config.norm.memory_size}, decay {config.norm.decay:g})"
+        size = "without end" if is_endless(config) else config.norm.memory_size
+        norm += f" (memory {size}, decay {config.norm.decay:g})"
     double_forward = config.double_forward
     if config.double_forward_fraction < 1:
         double_forward += f" of {config.double_forward_fraction:g} of the batch"
-    if config.double_forward_every > 1:
-        double_forward += f" every {config.double_forward_every} steps"
     return (
         f"{config.dataset.name}, {config.model.name}, norm {norm}, batch size {config.batch_size}, "
         f"double forward {double_forward}, seed {config.seed}"
@@ -310,7 +327,7 @@ def run_title(config: ConfigDict) -> str:
 
 
 def last_values(workdir: pathlib.Path) -> dict[str, float]:
-    """Returns the last training and test values on record; empty where there is no record."""
+    """Returns the last training and test values on record; empty without a record."""
     values: dict[str, float] = {}
     for record in read_metrics(workdir):
         values |= {k: v for k, v in record.items() if k.startswith(LAST_VALUES)}

@@ -26,7 +26,7 @@ from mbn_jax.step.state import TrainState
 from mbn_jax.sweeps import storage as store
 from mbn_jax.sweeps.declaration import Member
 from mbn_jax.sweeps.results import read_results, write_results
-from mbn_jax.training import divergence
+from mbn_jax.training import divergence, steps
 from mbn_jax.training.checkpoints import Checkpoints
 from mbn_jax.training.config import default_config, program_key
 from mbn_jax.training.config_files import with_fields
@@ -35,7 +35,6 @@ from mbn_jax.training.evaluation import evaluate_run
 from mbn_jax.training.loop import train as train_anew
 from mbn_jax.training.program import Programs
 from mbn_jax.training.reporting import read_metrics
-from mbn_jax.training.task import Experiment
 from mbn_jax.training.workdir import CHECKPOINTS
 
 ONE_DEVICE = Programs(jax.devices()[:1])
@@ -74,7 +73,7 @@ def final_state(config, workdir):
     program = ONE_DEVICE.get(config)
     checkpoints = Checkpoints(workdir / CHECKPOINTS)
     state = checkpoints.restore(
-        program.initial_state(config), local_statistics=False, devices=ONE_DEVICE.devices
+        program.init_state(config), local_statistics=False, devices=ONE_DEVICE.devices
     )
     checkpoints.close()
     return jax.device_get(state.replace(key=jax.random.key_data(state.key)))
@@ -381,10 +380,10 @@ def test_the_layer_that_is_named_is_the_one_that_was_bad(config, tmp_path, monke
     """Parameters are made bad from step 12 on, at one place of the network."""
     place = {"MemorizedBatchNorm_1": "Conv_1", None: "Dense_0"}[bad]
     programs = Programs(jax.devices()[:1])
-    make = Experiment.step
+    make = steps.build_train_step
 
-    def spoiled(self, values):
-        step = make(self, values)
+    def spoiled(task, hparams):
+        step = make(task, hparams)
 
         def spoil(state, batch):
             state, metrics = step(state, batch)
@@ -395,7 +394,7 @@ def test_the_layer_that_is_named_is_the_one_that_was_bad(config, tmp_path, monke
 
         return spoil
 
-    monkeypatch.setattr(Experiment, "step", spoiled)
+    monkeypatch.setattr(steps, "build_train_step", spoiled)
     with pytest.raises(DivergenceError) as error:
         train(config, tmp_path, programs=programs)
     assert "The loss of step 13 is nan" in str(error.value)
@@ -408,42 +407,8 @@ def test_the_layer_that_is_named_is_the_one_that_was_bad(config, tmp_path, monke
         train(config, tmp_path, programs=programs)
 
 
-def test_a_run_that_diverges_goes_back_at_half_the_rate_and_resumes_bit_for_bit(
-    config, tmp_path, capsys
-):
-    fields = {"norm.name": "none", "schedule.name": "constant", "on_divergence": "restore"}
-    config = with_fields(config, {**fields, "max_restores": 4, "log_every_steps": 1}, "the test")
-    config.optimizer.learning_rate = 2.8
-    values = train(config, tmp_path / "whole")
-    assert np.isfinite(values["train_loss"])
-    told = capsys.readouterr().err
-    assert "going back to step 20 with half the learning rate, 1 of 4 times" in told
-    # It diverged from there again: the checkpoint was no good.
-    assert "going back to step 10 with half the learning rate, 2 of 4 times" in told
-    last = records(tmp_path / "whole")[-1]
-    assert last["learning_rate"] == pytest.approx(2.8 / 2 ** last["restores"])
-    for step in (12, 22, 25):
-        name = f"stopped{step}"
-        with pytest.raises(StoppedError):
-            train(config, tmp_path / name, stop_asked=lambda first, last, at=step: last == at)
-        train(config, tmp_path / name)
-        assert_same_run(config, tmp_path / "whole", tmp_path / name)
-    config.max_restores = 1
-    with pytest.raises(DivergenceError, match="training stopped after 1 restores"):
-        train(config, tmp_path / "bounded")
-
-
-def test_a_run_may_go_on_with_a_loss_that_is_not_finite(config, tmp_path, capsys):
-    config = with_fields(config, {**DIVERGING, "on_divergence": "continue"}, "the test")
-    values = train(config, tmp_path)
-    assert values["step"] == 40
-    assert not np.isfinite(values["train_loss"])
-    told = capsys.readouterr().err
-    assert told.count("training goes on, as on_divergence='continue' says") == 1
-
-
 def test_fields_of_the_host_need_no_other_program(config):
-    for field, value in (("on_divergence", "restore"), ("max_restores", 5), ("log_every_steps", 1)):
+    for field, value in (("keep_checkpoints", 5), ("log_every_steps", 1)):
         assert program_key(with_fields(config, {field: value}, "the test")) == program_key(config)
 
 
