@@ -49,99 +49,53 @@ FIELDS = {
     "seed": Field(0, SEED, "seed of parameters, order, augmentation and dropout"),
     "batch_size": Field(128, at_least(1), "global batch size: over all devices and hosts"),
     "num_epochs": Field(10.0, POSITIVE, "epochs to train for"),
-    #
+    # Data.
     "dataset.name": Field("digits", ANY, "TFDS name of an image-classification data set"),
     "dataset.data_dir": Field("", ANY, "folder of TFDS data sets; empty: that of TFDS"),
     "dataset.train_split": Field("train", ANY, "TFDS split to train on"),
     "dataset.test_split": Field("test", ANY, "TFDS split to evaluate on"),
-    "dataset.validation": Field(
-        False, ANY, "hold out a tenth of train_split, and evaluate on it instead of test_split"
-    ),
-    "dataset.image_size": Field(
-        0, at_least(0), "height and width to resize images to; 0: as stored"
-    ),
-    "dataset.random_resized_crop": Field(
-        False, ANY, "augmentation on the host: resize a random part of the image to image_size"
-    ),
-    "dataset.crop_padding": Field(
-        0, at_least(0), "augmentation: pad by this many pixels and crop at random"
-    ),
+    "dataset.validation": Field(False, ANY, "evaluate on a held-out tenth of train_split"),
+    "dataset.image_size": Field(0, at_least(0), "resize to this height and width; 0: as stored"),
+    "dataset.random_resized_crop": Field(False, ANY, "augmentation on the host, to image_size"),
+    "dataset.crop_padding": Field(0, at_least(0), "augmentation: pad, and crop at random"),
     "dataset.flip": Field(False, ANY, "augmentation: mirror half of the images"),
-    "dataset.classes_per_batch": Field(
-        0, at_least(0), "most classes in one batch; 0: batches drawn from all examples"
-    ),
-    "dataset.max_bytes_in_memory": Field(
-        4 << 30, at_least(0), "a larger split stays on disk and is decoded as it is used"
-    ),
-    "dataset.num_workers": Field(
-        0, at_least(0), "processes that decode a split on disk; 0: threads"
-    ),
-    #
+    "dataset.classes_per_batch": Field(0, at_least(0), "most classes in one batch; 0: all"),
+    "dataset.max_bytes_in_memory": Field(4 << 30, at_least(0), "larger splits are decoded as used"),
+    "dataset.num_workers": Field(0, at_least(0), "processes that decode images; 0: threads"),
+    # Network.
     "model.name": Field("convnet", choice(MODELS), "network"),
     "model.features": Field((16, 32, 32, 64), WIDTHS, "channels of each layer of 'convnet'"),
-    "model.zero_init_last_scale": Field(
-        False, ANY, "start the blocks of residual networks as the identity"
-    ),
-    "model.remat": Field(
-        False, ANY, "keep less for the backward pass, and compute it a second time there"
-    ),
-    "model.dtype": Field(
-        "float32",
-        choice(("float32", "bfloat16")),
-        "dtype of the computation; parameters and statistics are float32",
-    ),
-    #
+    "model.zero_init_last_scale": Field(False, ANY, "residual blocks start as the identity"),
+    "model.remat": Field(False, ANY, "keep less for the backward pass, recompute it there"),
+    "model.dtype": Field("float32", choice(("float32", "bfloat16")), "dtype of the computation"),
+    # Normalization.
     "norm.name": Field("memorized", choice(NORMS), "normalization layer"),
     "norm.epsilon": Field(1e-5, POSITIVE, "added to variances"),
     "norm.use_fast_variance": Field(True, ANY, "compute moments in one pass"),
-    "norm.sync": Field(
-        "sync", choice(SYNCS), "compute statistics over all devices, groups of them, or each alone"
-    ),
+    "norm.sync": Field("sync", choice(SYNCS), "devices that share statistics: all, groups, none"),
     "norm.sync_group_size": Field(1, at_least(1), "devices in a group of norm.sync='group'"),
-    "norm.virtual_batch_size": Field(
-        0, at_least(0), "examples that are normalized together; 0: all that share statistics"
-    ),
-    "norm.momentum": Field(
-        0.9, BELOW_ONE, "momentum of the moving averages of 'batch' and 'batch_renorm'"
-    ),
+    "norm.virtual_batch_size": Field(0, at_least(0), "examples normalized together; 0: all"),
+    "norm.momentum": Field(0.9, BELOW_ONE, "of the moving averages of 'batch' and 'batch_renorm'"),
     "norm.num_groups": Field(8, at_least(1), "groups of channels of 'group'"),
-    "norm.memory_size": Field(
-        64, MEMORY_SIZE, "batches in the memory of 'memorized'; 0: a memory without end"
-    ),
-    "norm.memory_capacity": Field(
-        0, at_least(0), "slots to allocate for the memory; 0: norm.memory_size"
-    ),
-    "norm.decay": Field(
-        0.97, UP_TO_ONE, "weight of a batch in the memory relative to the next newer one"
-    ),
-    "norm.gradient": Field(
-        "auto", choice(GRADIENTS), "gradient through the statistics of the memory"
-    ),
-    "norm.memory_schedule.start_size": Field(
-        0, at_least(0), "memory size to grow from, linearly, to norm.memory_size; 0: no growth"
-    ),
-    "norm.memory_schedule.begin": Field(0.0, ANY, "share of the run at which growth begins"),
-    "norm.memory_schedule.end": Field(1.0, ANY, "share of the run at which growth ends"),
+    "norm.memory_size": Field(64, MEMORY_SIZE, "batches in the memory; 0: a memory without end"),
+    "norm.memory_capacity": Field(0, at_least(0), "slots of the memory; 0: norm.memory_size"),
+    "norm.decay": Field(0.97, UP_TO_ONE, "weight of a batch relative to the next newer one"),
+    "norm.gradient": Field("auto", choice(GRADIENTS), "gradient through the memory's statistics"),
+    "norm.memory_schedule.start_size": Field(0, at_least(0), "memory size at begin; 0: no growth"),
+    "norm.memory_schedule.begin": Field(0.0, ANY, "share of the run where linear growth begins"),
+    "norm.memory_schedule.end": Field(1.0, ANY, "share of the run where growth ends"),
     "norm.batch_renorm.r_max": Field(3.0, at_least(1), "final limit of the correction's scale"),
     "norm.batch_renorm.d_max": Field(5.0, at_least(0), "final limit of the correction's offset"),
     "norm.batch_renorm.begin": Field(
-        0.03, at_least(0), "share of the run without correction; then the limits rise linearly"
+        0.03, at_least(0), "share of the run where limits first rise"
     ),
-    "norm.batch_renorm.r_end": Field(
-        0.25, at_least(0), "share of the run at which the scale's limit is r_max"
-    ),
-    "norm.batch_renorm.d_end": Field(
-        0.15, at_least(0), "share of the run at which the offset's limit is d_max"
-    ),
-    #
-    "double_forward": Field(
-        "rewrite", choice(DOUBLE_FORWARD), "what the second forward does to the statistics"
-    ),
-    "double_forward_fraction": Field(
-        1.0, UP_TO_ONE, "share of each device's examples in the second forward"
-    ),
+    "norm.batch_renorm.r_end": Field(0.25, at_least(0), "share of the run where r_max is reached"),
+    "norm.batch_renorm.d_end": Field(0.15, at_least(0), "share of the run where d_max is reached"),
+    # Training step.
+    "double_forward": Field("rewrite", choice(DOUBLE_FORWARD), "what the second forward does"),
+    "double_forward_fraction": Field(1.0, UP_TO_ONE, "share of examples in the second forward"),
     "gradient_clip_norm": Field(0.0, at_least(0), "largest norm of the gradient; 0: no limit"),
-    #
+    # Optimizer.
     "optimizer.name": Field("sgd", choice(OPTIMIZERS), "optimizer"),
     "optimizer.learning_rate": Field(0.1, POSITIVE, "learning rate before its schedule"),
     "optimizer.momentum": Field(0.9, BELOW_ONE, "momentum of 'sgd'"),
@@ -149,39 +103,25 @@ FIELDS = {
     "optimizer.weight_decay": Field(0.0, at_least(0), "weight decay"),
     "optimizer.decay_norm_params": Field(False, ANY, "decay scales and biases too"),
     #
-    "schedule.name": Field(
-        "cosine", choice(SCHEDULES), "learning rate over the run; 'cosine' falls to 0"
-    ),
+    "schedule.name": Field("cosine", choice(SCHEDULES), "learning rate over the run"),
     "schedule.warmup_epochs": Field(0.0, at_least(0), "epochs of a linear warm-up"),
     "schedule.step_epochs": Field((5.0, 7.5), ANY, "epochs at which the rate of 'step' falls"),
     "schedule.step_factor": Field(0.1, POSITIVE, "factor by which the rate of 'step' falls"),
-    #
+    # Run.
     "runtime": Field("pmap", choice(RUNTIMES), "how a program runs on several devices"),
-    "steps_per_dispatch": Field(
-        1, at_least(1), "training steps in one call of the devices; more where the host is slow"
-    ),
+    "steps_per_dispatch": Field(1, at_least(1), "training steps in one call of the devices"),
     "eval_batch_size": Field(512, at_least(1), "rounded up to a multiple of the devices"),
-    "recalibrate_batches": Field(
-        0, at_least(0), "evaluate by the statistics of this many training batches too; 0: do not"
-    ),
-    "log_every_steps": Field(100, at_least(1), "steps between two records", host_only=True),
+    "recalibrate_batches": Field(0, at_least(0), "batches to evaluate by, too; 0: none"),
+    "log_every_steps": Field(100, at_least(1), "steps between records", host_only=True),
     "eval_every_steps": Field(
-        0, at_least(0), "steps between two evaluations; 0: an epoch", host_only=True
+        0, at_least(0), "steps between evaluations; 0: epoch", host_only=True
     ),
-    "checkpoint_every_steps": Field(
-        0, at_least(0), "steps between two checkpoints; 0: an epoch", host_only=True
-    ),
+    "checkpoint_every_steps": Field(0, at_least(0), "as for evaluations", host_only=True),
     "keep_checkpoints": Field(3, at_least(1), "newest checkpoints to keep", host_only=True),
-    #
-    "shift.every_steps": Field(
-        0, at_least(0), "steps between two measurements of the statistics' shift; 0: none"
-    ),
-    "shift.examples": Field(
-        0, at_least(0), "training examples that stand for the population; 0: all"
-    ),
-    "shift.layers": Field(
-        "", PATTERN, "regular expression of the norm layers to measure; empty: all"
-    ),
+    # Measurement of distribution shift.
+    "shift.every_steps": Field(0, at_least(0), "steps between measurements; 0: none"),
+    "shift.examples": Field(0, at_least(0), "training examples for the population; 0: all"),
+    "shift.layers": Field("", PATTERN, "regular expression; empty: all norm layers"),
 }
 """All fields by dotted name."""
 

@@ -158,13 +158,8 @@ def finite_layers_step(
 ) -> FiniteLayers:
     """Checks the moments of each layer's input on the next batch, and its own statistics.
 
-    Args:
-      task: what was trained.
-      state: state before the next step.
-      hparams: hyperparameters of the run.
-      data: training split on the device; None where the stack has examples.
-      stack: batches of steps, with that of the next one.
-      after_update: whether to look after the next update, on its own batch again.
+    With `after_update` it looks after the next update, on the same batch. For the arguments see
+    `mbn_jax.training.steps`.
     """
     batch = next_batch(task, state, hparams, data, stack)
     new = build_train_step(task, hparams)(state, batch)[0] if after_update else state

@@ -1,5 +1,6 @@
 """The training run: from a configuration and a folder to a trained network and its curves."""
 
+import contextlib
 import dataclasses
 import pathlib
 import time
@@ -74,8 +75,13 @@ def train(
         )
     if start.step:
         reporter.say(f"resumed from the checkpoint of step {start.step}")
+    run = Run(program, config, workdir, reporter)
     try:
-        _train_from(start, Run(program, config, workdir, reporter), stop_asked)
+        with (
+            contextlib.closing(_open_checkpoints(run)) as checkpoints,
+            contextlib.closing(reporter),
+        ):
+            _train_from(start, run, checkpoints, stop_asked)
     except DivergenceError as error:
         last_saved = find_start(program, config, workdir).state
         layer = find_layer(program, config, last_saved, error)
@@ -106,7 +112,7 @@ def _open(config: ConfigDict, workdir: pathlib.Path, programs: Programs) -> Prog
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run works with, from its start to its end.
+    """What a run works with, and what it does after which step.
 
     Attributes:
       program: compiled functions and data.
@@ -121,69 +127,60 @@ class Run:
     reporter: Reporter
 
     @property
-    def steps_between_evaluations(self) -> int:
-        """Steps from one evaluation to the next."""
-        return self.config.eval_every_steps or self._steps_of_epoch
-
-    @property
-    def steps_between_checkpoints(self) -> int:
-        """Steps from one checkpoint to the next."""
-        return self.config.checkpoint_every_steps or self._steps_of_epoch
-
-    @property
-    def _steps_of_epoch(self) -> int:
+    def steps_of_epoch(self) -> int:
         """Steps of an epoch, rounded up to whole dispatches."""
         stride = self.config.steps_per_dispatch
         return -(-self.program.task.steps_per_epoch // stride) * stride
 
+    @property
+    def steps_between_checkpoints(self) -> int:
+        """Steps from one checkpoint to the next."""
+        return self.config.checkpoint_every_steps or self.steps_of_epoch
 
-@dataclasses.dataclass(frozen=True)
-class Due:
-    """What a run does after a step.
+    def is_last(self, step: int) -> bool:
+        """Returns whether the run ends after a step."""
+        return step == self.program.task.total_steps
 
-    Attributes:
-      evaluates: whether it evaluates on the test split.
-      saves: whether it saves a checkpoint.
-      measures: whether it measures the shift of the statistics.
-      logs: whether it writes a record, as any of these does.
-    """
+    def evaluates_after(self, step: int) -> bool:
+        """Returns whether an evaluation is due."""
+        every = self.config.eval_every_steps or self.steps_of_epoch
+        return self.is_last(step) or step % every == 0
 
-    evaluates: bool
-    saves: bool
-    measures: bool
-    logs: bool
+    def saves_after(self, step: int) -> bool:
+        """Returns whether a checkpoint is due."""
+        return self.is_last(step) or step % self.steps_between_checkpoints == 0
 
-    @classmethod
-    def after(cls, step: int, run: Run) -> "Due":
-        """Returns what is due after `step`; after the last step, all of it."""
-        last = step == run.program.task.total_steps
-        evaluates = last or step % run.steps_between_evaluations == 0
-        saves = last or step % run.steps_between_checkpoints == 0
-        shift_every = run.config.shift.every_steps
-        measures = bool(shift_every) and (last or step % shift_every == 0)
-        logs = evaluates or saves or measures or step % run.config.log_every_steps == 0
-        return cls(evaluates, saves, measures, logs)
+    def measures_after(self, step: int) -> bool:
+        """Returns whether a measurement of the shift is due."""
+        every = self.config.shift.every_steps
+        return bool(every) and (self.is_last(step) or step % every == 0)
+
+    def logs_after(self, step: int) -> bool:
+        """Returns whether a record is due."""
+        return (
+            self.evaluates_after(step)
+            or self.saves_after(step)
+            or self.measures_after(step)
+            or step % self.config.log_every_steps == 0
+        )
 
 
-def _train_from(start: Start, run: Run, stop_asked: StopAsked | None) -> None:
-    """Trains to the end, with records and checkpoints on the way; closes the reporter."""
+def _open_checkpoints(run: Run) -> Checkpoints:
     with writing(run.workdir):
-        checkpoints = Checkpoints(
+        return Checkpoints(
             run.workdir / CHECKPOINTS,
             keep=run.config.keep_checkpoints,
             every=run.steps_between_checkpoints,
         )
-    try:
-        _loop(start, run, checkpoints, stop_asked)
-    finally:
-        try:
-            run.reporter.close()
-        finally:
-            checkpoints.close()
 
 
-def _loop(start: Start, run: Run, checkpoints: Checkpoints, stop_asked: StopAsked | None) -> None:
-    """Trains step by step; waits for the devices only where a record is due."""
+def _train_from(
+    start: Start, run: Run, checkpoints: Checkpoints, stop_asked: StopAsked | None
+) -> None:
+    """Trains to the end, with records and checkpoints on the way.
+
+    It waits for the devices only where a record is due or the run stops.
+    """
     program, config, reporter = run.program, run.config, run.reporter
     total_steps = program.task.total_steps
     schedule = program.task.schedule(HParams.from_config(config))
@@ -197,26 +194,25 @@ def _loop(start: Start, run: Run, checkpoints: Checkpoints, stop_asked: StopAske
             jax.block_until_ready(pending[-DISPATCHES_IN_FLIGHT])
         stops = stop_asked is not None and stop_asked(previous + 1, step) and step < total_steps
         previous = step
-        due = Due.after(step, run)
-        if not (due.logs or stops):
+        if not (run.logs_after(step) or stops):
             continue
         unlogged = _to_host(pending)
         check.losses(unlogged["loss"], step)
-        if due.logs:
+        if run.logs_after(step):
             values = {f"train_{name}": float(np.mean(x)) for name, x in unlogged.items()}
             values["learning_rate"] = float(schedule(step - 1))
             images = (step - clock_step) * config.batch_size
             values["images_per_second"] = images / (time.monotonic() - clock)
             pending, unlogged = [], {}
             reporter.progress(step, values)
-            if due.evaluates:
+            if run.evaluates_after(step):
                 values |= _evaluate(run, state, step, check)
-            if due.measures:
+            if run.measures_after(step):
                 values |= measure_shift(program, config, state, upcoming)
             reporter.write(step, values)
-        if due.saves or stops:
+        if run.saves_after(step) or stops:
             check.params(state, step)
-            _save(run, checkpoints, state, unlogged, temporary=not due.saves)
+            _save(run, checkpoints, state, unlogged, temporary=not run.saves_after(step))
         if stops:
             raise StoppedError(f"stopped after step {step}, which is saved")
         clock, clock_step = time.monotonic(), step
@@ -230,14 +226,14 @@ def _to_host(pending: list[Any]) -> dict[str, np.ndarray]:
 
 def _evaluate(run: Run, state: TrainState, step: int, check: FiniteCheck) -> dict[str, float]:
     """Returns 'test_loss' and 'test_error', at the end by recalibrated statistics too."""
-    program, config, total_steps = run.program, run.config, run.program.task.total_steps
+    program, config = run.program, run.config
     values = {f"test_{k}": v for k, v in evaluate(program, config, state).items()}
     check(values["test_loss"], "test loss", step, after_update=True)
     run.reporter.say(
-        f"step {step}/{total_steps}  test loss {values['test_loss']:.4f}  "
+        f"step {step}/{program.task.total_steps}  test loss {values['test_loss']:.4f}  "
         f"test error {values['test_error']:.2%}"
     )
-    if step == total_steps and config.recalibrate_batches and state.batch_stats:
+    if run.is_last(step) and config.recalibrate_batches and state.batch_stats:
         fresh = recalibrate(program, config, state, config.recalibrate_batches)
         found = evaluate(program, config, fresh)
         values |= {f"recalibrated_test_{k}": v for k, v in found.items()}

@@ -1,4 +1,7 @@
-"""Passes over the data on the devices: training, evaluation, and moments for recalibration."""
+"""Passes over the data on the devices: training, evaluation, and moments for recalibration.
+
+Every function takes the program and the configuration of a run; arrays are `[devices, ...]`.
+"""
 
 import math
 from collections.abc import Iterator
@@ -62,10 +65,8 @@ def train_pass(
 ) -> Iterator[Dispatch]:
     """Trains, yielding after every dispatch; nothing in it waits for the devices.
 
-    Args:
-      program: program of the run.
-      config: run configuration.
-      state: state to start from, arrays `[devices, ...]`; it is donated.
+    Args, beside program and configuration:
+      state: state to start from; it is donated.
       last_step: step to stop after.
     """
     step, total_steps = int(first_device(state.step)), program.task.total_steps
@@ -91,13 +92,7 @@ def train_pass(
 def batch_stacks(
     program: Program, config: ConfigDict, first_step: int
 ) -> Iterator[tuple[BatchStack, int]]:
-    """Yields the training batches on the devices, and the step after each stack.
-
-    Args:
-      program: program of the run.
-      config: run configuration.
-      first_step: step of the first batch.
-    """
+    """Yields the training batches from a step on, and the step after each stack."""
     task, stride = program.task, config.steps_per_dispatch
     in_memory = task.train.in_memory is not None
     steps_per_stack = max(1, STEPS_PER_STACK // stride) * stride if in_memory else stride
@@ -125,13 +120,7 @@ def evaluate(
 ) -> dict[str, float]:
     """Evaluates on every example of a split exactly once.
 
-    Statistics that devices keep for themselves are pooled first.
-
-    Args:
-      program: program of the run.
-      config: run configuration.
-      state: arrays `[devices, ...]`.
-      split: default: the test split.
+    Statistics that devices keep for themselves are pooled first. The default is the test split.
 
     Returns:
       'loss', the mean cross-entropy, and 'error', the share of wrong predictions.
@@ -150,7 +139,7 @@ def evaluate(
 
 
 def shared_batch_stats(program: Program, state: TrainState) -> PyTree:
-    """Returns the statistics to evaluate by, the same on all devices, `[devices, ...]`."""
+    """Returns the statistics to evaluate by, the same on all devices."""
     if not program.task.local_statistics:
         return state.batch_stats
     pooled = pool_batch_stats(gather_over_hosts(state.batch_stats))
@@ -168,16 +157,14 @@ def input_moments(
 ) -> dict[str, Moments]:
     """Returns the moments of the norm layers' inputs over training examples, by layer.
 
-    Args:
-      program: program of the run.
-      config: run configuration.
-      params: arrays `[devices, ...]`.
-      batch_stats: statistics to normalize by, `[devices, ...]`.
+    Args, beside program and configuration:
+      params: parameters.
+      batch_stats: statistics to normalize by.
       num_examples: how many examples, evenly spaced over the training split; 0: all.
       recalibrate: normalize by each batch's own statistics (see `moments_step`).
 
     Returns:
-      Arrays `[devices, ...]`, the same on all devices.
+      Moments that are the same on all devices.
     """
     split = program.task.train
     step = program.compiled(moments_step, recalibrate=recalibrate)
@@ -196,11 +183,7 @@ def recalibrate(
 ) -> TrainState:
     """Returns the state with its statistics computed anew under its parameters.
 
-    Args:
-      program: program of the run.
-      config: run configuration.
-      state: arrays `[devices, ...]`.
-      num_batches: batches of `eval_batch_size` training examples; at most the whole split.
+    From `num_batches` batches of `eval_batch_size` training examples; at most the whole split.
     """
     num_examples = min(num_batches * config.eval_batch_size, len(program.task.train))
     moments = input_moments(

@@ -1,5 +1,6 @@
 """The compiled functions of a task, and its data, on devices."""
 
+import dataclasses
 import functools
 import gc
 from collections import Counter
@@ -21,34 +22,22 @@ from mbn_jax.training.task import Task
 MAX_SHARE_OF_MEMORY_MAPS = 0.5
 
 
+@dataclasses.dataclass(frozen=True)
 class Program:
     """A task on its devices: functions that are compiled once, and data that is copied once.
 
     Attributes:
       task: what it runs.
       devices: devices to run on; None: all devices of all hosts.
+      data: returns a split on the devices (see `Programs.data`).
+      compilations: counts compilations by the name of the device function.
     """
 
-    def __init__(
-        self,
-        task: Task,
-        devices: Devices,
-        data: Callable[[Split], Examples | None],
-        compilations: Counter[str],
-    ):
-        """Compiles nothing yet.
-
-        Args:
-          task: what it runs.
-          devices: devices to run on; None: all devices of all hosts.
-          data: returns a split on the devices (see `Programs.data`).
-          compilations: counts compilations by the name of the device function.
-        """
-        self.task = task
-        self.devices = devices
-        self.data = data
-        self._compilations = compilations
-        self._compiled: dict[Any, Callable] = {}
+    task: Task
+    devices: Devices
+    data: Callable[[Split], Examples | None]
+    compilations: Counter[str]
+    _compiled: dict[Any, Callable] = dataclasses.field(default_factory=dict)
 
     def compiled(
         self, function: Callable, *, donate_argnums: tuple[int, ...] = (), **static: Any
@@ -67,7 +56,7 @@ class Program:
         if key not in self._compiled:
 
             def device_function(*args: Any) -> Any:
-                self._compilations[function.__name__] += 1  # Runs once, as JAX traces it.
+                self.compilations[function.__name__] += 1  # Runs once, as JAX traces it.
                 return function(self.task, *args, **static)
 
             self._compiled[key] = map_over_devices(

@@ -74,12 +74,7 @@ def shift_step(
 ) -> LayerValues:
     """Measures what the next update does to the statistics of its own batch.
 
-    Args:
-      task: what is trained.
-      state: state before the update, which stays as it is.
-      hparams: hyperparameters of the run.
-      data: training split on the device; None where the stack has examples.
-      stack: batches of steps, with that of the next one.
+    For the arguments see `mbn_jax.training.steps`.
 
     Returns:
       `moments_shift` by layer, averaged over devices.

@@ -1,7 +1,12 @@
 """What one device computes for a task: initial state, training steps and evaluation steps.
 
 Every function is pure and takes the task first. `mbn_jax.training.program.Program` compiles it for
-all devices, with the named axis `AXIS_NAME`.
+all devices, with the named axis `AXIS_NAME`. Their common arguments are:
+
+* state: `TrainState` before the next step; params and batch_stats are parts of one
+* hparams: the run's `HParams`
+* data: the whole split on the device; None for a split on disk, whose batches are `Examples`
+* stack, batch: this device's part of the batches
 """
 
 from collections.abc import Callable
@@ -93,16 +98,8 @@ def train_steps(
 ) -> tuple[TrainState, Metrics]:
     """Runs successive training steps.
 
-    Args:
-      task: what to train.
-      state: state before the steps.
-      hparams: hyperparameters of the run.
-      data: training split on the device; None where the stack has examples.
-      stack: batches of these steps, and maybe of others.
-      num_steps: how many steps to run.
-
     Returns:
-      The new state, and metrics `[steps]`.
+      The state after `num_steps` steps, and metrics `[num_steps]`.
     """
     train_step = build_train_step(task, hparams)
 
@@ -170,17 +167,7 @@ def eval_step(
     data: Examples | None,
     batch: EvalBatch,
 ) -> EvalTotals:
-    """Adds the results of a batch, over all devices, to `totals`.
-
-    Args:
-      task: what to evaluate.
-      totals: sums over earlier batches.
-      hparams: hyperparameters of the run.
-      params: parameters.
-      batch_stats: statistics to normalize by.
-      data: the split on the device; None where the batch has examples.
-      batch: this device's part of a batch.
-    """
+    """Adds the results of a batch, over all devices, to the totals of earlier batches."""
     examples = look_up(data, batch.examples)
     variables = {"params": params, "batch_stats": batch_stats}
     images = task.standardized(examples.image)
@@ -208,14 +195,8 @@ def moments_step(
 ) -> dict[str, Moments]:
     """Adds a batch, augmented but at inference, to the moments of the norm layers' inputs.
 
-    Args:
-      task: what to measure.
+    Args, beside the common ones:
       totals: moments by layer over earlier batches, or empty.
-      hparams: hyperparameters of the run.
-      params: parameters.
-      batch_stats: statistics to normalize by.
-      data: the split on the device; None where the batch has examples.
-      batch: this device's part of a batch.
       number: int32 scalar, number of the batch; its augmentation is a function of it.
       recalibrate: normalize by the batch's own statistics instead, over all devices, and record
         every layer that keeps statistics. Otherwise record the layers of `config.shift.layers`.
