@@ -25,7 +25,8 @@ from mbn_jax.sweeps.declaration import Member, Sweep
 from mbn_jax.training import config as config_lib
 from mbn_jax.training.config_files import with_fields
 from mbn_jax.training.divergence import DivergenceError
-from mbn_jax.training.loop import estimate_seconds, train
+from mbn_jax.training.estimate import estimate_seconds
+from mbn_jax.training.loop import train
 from mbn_jax.training.program import Programs
 from mbn_jax.training.reporting import read_metrics
 

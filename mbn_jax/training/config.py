@@ -86,9 +86,7 @@ FIELDS = {
     "norm.memory_schedule.end": Field(1.0, ANY, "share of the run where growth ends"),
     "norm.batch_renorm.r_max": Field(3.0, at_least(1), "final limit of the correction's scale"),
     "norm.batch_renorm.d_max": Field(5.0, at_least(0), "final limit of the correction's offset"),
-    "norm.batch_renorm.begin": Field(
-        0.03, at_least(0), "share of the run where limits first rise"
-    ),
+    "norm.batch_renorm.begin": Field(0.03, at_least(0), "share of the run where limits first rise"),
     "norm.batch_renorm.r_end": Field(0.25, at_least(0), "share of the run where r_max is reached"),
     "norm.batch_renorm.d_end": Field(0.15, at_least(0), "share of the run where d_max is reached"),
     # Training step.

@@ -12,13 +12,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mbn_jax.errors import UserError
-from mbn_jax.parallel.devices import check_alike, first_device, first_host_first, replicate
+from mbn_jax.parallel.devices import check_alike, first_device, first_host_first
 from mbn_jax.parallel.preemption import StopAsked, StoppedError
 from mbn_jax.step.state import TrainState
 from mbn_jax.training.checkpoints import Checkpoints
 from mbn_jax.training.config import fields
 from mbn_jax.training.divergence import DivergenceError, FiniteCheck, find_layer
 from mbn_jax.training.hparams import HParams
+from mbn_jax.training.intervals import Intervals
 from mbn_jax.training.norms import is_endless
 from mbn_jax.training.passes import evaluate, recalibrate, train_pass
 from mbn_jax.training.program import Program, Programs
@@ -75,7 +76,7 @@ def train(
         )
     if start.step:
         reporter.say(f"resumed from the checkpoint of step {start.step}")
-    run = Run(program, config, workdir, reporter)
+    run = Run(program, config, workdir, reporter, Intervals.of(program.task, config))
     try:
         with (
             contextlib.closing(_open_checkpoints(run)) as checkpoints,
@@ -112,57 +113,21 @@ def _open(config: ConfigDict, workdir: pathlib.Path, programs: Programs) -> Prog
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run works with, and what it does after which step.
+    """What a run works with, from its start to its end.
 
     Attributes:
       program: compiled functions and data.
       config: run configuration.
       workdir: folder of the run.
       reporter: writes records, and shows progress.
+      intervals: what is due after which step.
     """
 
     program: Program
     config: ConfigDict
     workdir: pathlib.Path
     reporter: Reporter
-
-    @property
-    def steps_of_epoch(self) -> int:
-        """Steps of an epoch, rounded up to whole dispatches."""
-        stride = self.config.steps_per_dispatch
-        return -(-self.program.task.steps_per_epoch // stride) * stride
-
-    @property
-    def steps_between_checkpoints(self) -> int:
-        """Steps from one checkpoint to the next."""
-        return self.config.checkpoint_every_steps or self.steps_of_epoch
-
-    def is_last(self, step: int) -> bool:
-        """Returns whether the run ends after a step."""
-        return step == self.program.task.total_steps
-
-    def evaluates_after(self, step: int) -> bool:
-        """Returns whether an evaluation is due."""
-        every = self.config.eval_every_steps or self.steps_of_epoch
-        return self.is_last(step) or step % every == 0
-
-    def saves_after(self, step: int) -> bool:
-        """Returns whether a checkpoint is due."""
-        return self.is_last(step) or step % self.steps_between_checkpoints == 0
-
-    def measures_after(self, step: int) -> bool:
-        """Returns whether a measurement of the shift is due."""
-        every = self.config.shift.every_steps
-        return bool(every) and (self.is_last(step) or step % every == 0)
-
-    def logs_after(self, step: int) -> bool:
-        """Returns whether a record is due."""
-        return (
-            self.evaluates_after(step)
-            or self.saves_after(step)
-            or self.measures_after(step)
-            or step % self.config.log_every_steps == 0
-        )
+    intervals: Intervals
 
 
 def _open_checkpoints(run: Run) -> Checkpoints:
@@ -170,7 +135,7 @@ def _open_checkpoints(run: Run) -> Checkpoints:
         return Checkpoints(
             run.workdir / CHECKPOINTS,
             keep=run.config.keep_checkpoints,
-            every=run.steps_between_checkpoints,
+            every=run.intervals.checkpoint,
         )
 
 
@@ -181,38 +146,37 @@ def _train_from(
 
     It waits for the devices only where a record is due or the run stops.
     """
-    program, config, reporter = run.program, run.config, run.reporter
-    total_steps = program.task.total_steps
+    program, config, reporter, due = run.program, run.config, run.reporter, run.intervals
     schedule = program.task.schedule(HParams.from_config(config))
     check = FiniteCheck(schedule)
     pending: list[Any] = [start.pending] if start.pending else []
     clock, clock_step, previous = time.monotonic(), start.step, start.step
-    for step, state, metrics, upcoming in train_pass(program, config, start.state, total_steps):
+    for step, state, metrics, upcoming in train_pass(program, config, start.state, due.total):
         pending.append(metrics)
         if len(pending) > DISPATCHES_IN_FLIGHT:
             # Waits for an older dispatch: the devices stay busy, and dispatches do not pile up.
             jax.block_until_ready(pending[-DISPATCHES_IN_FLIGHT])
-        stops = stop_asked is not None and stop_asked(previous + 1, step) and step < total_steps
+        stops = stop_asked is not None and stop_asked(previous + 1, step) and step < due.total
         previous = step
-        if not (run.logs_after(step) or stops):
+        if not (due.logs_after(step) or stops):
             continue
         unlogged = _to_host(pending)
         check.losses(unlogged["loss"], step)
-        if run.logs_after(step):
+        if due.logs_after(step):
             values = {f"train_{name}": float(np.mean(x)) for name, x in unlogged.items()}
             values["learning_rate"] = float(schedule(step - 1))
             images = (step - clock_step) * config.batch_size
             values["images_per_second"] = images / (time.monotonic() - clock)
             pending, unlogged = [], {}
             reporter.progress(step, values)
-            if run.evaluates_after(step):
+            if due.evaluates_after(step):
                 values |= _evaluate(run, state, step, check)
-            if run.measures_after(step):
+            if due.measures_after(step):
                 values |= measure_shift(program, config, state, upcoming)
             reporter.write(step, values)
-        if run.saves_after(step) or stops:
+        if due.saves_after(step) or stops:
             check.params(state, step)
-            _save(run, checkpoints, state, unlogged, temporary=not run.saves_after(step))
+            _save(run, checkpoints, state, unlogged, temporary=not due.saves_after(step))
         if stops:
             raise StoppedError(f"stopped after step {step}, which is saved")
         clock, clock_step = time.monotonic(), step
@@ -230,10 +194,10 @@ def _evaluate(run: Run, state: TrainState, step: int, check: FiniteCheck) -> dic
     values = {f"test_{k}": v for k, v in evaluate(program, config, state).items()}
     check(values["test_loss"], "test loss", step, after_update=True)
     run.reporter.say(
-        f"step {step}/{program.task.total_steps}  test loss {values['test_loss']:.4f}  "
+        f"step {step}/{run.intervals.total}  test loss {values['test_loss']:.4f}  "
         f"test error {values['test_error']:.2%}"
     )
-    if run.is_last(step) and config.recalibrate_batches and state.batch_stats:
+    if step == run.intervals.total and config.recalibrate_batches and state.batch_stats:
         fresh = recalibrate(program, config, state, config.recalibrate_batches)
         found = evaluate(program, config, fresh)
         values |= {f"recalibrated_test_{k}": v for k, v in found.items()}
@@ -261,50 +225,6 @@ def _save(
             notes=notes,
             temporary=temporary,
         )
-
-
-def estimate_seconds(program: Program, config: ConfigDict, seconds: float) -> float:
-    """Estimates the time of a run from a short one, without compilation and checkpoints.
-
-    Args:
-      program: program of the run.
-      config: run configuration.
-      seconds: how long to measure the training steps.
-
-    Returns:
-      Seconds for the run's training steps, evaluations and measurements of the shift.
-    """
-    task = program.task
-    total_steps, stride = task.total_steps, config.steps_per_dispatch
-    last_step = total_steps // stride * stride or total_steps  # Whole dispatches, if there are any.
-
-    def train_for(limit: float) -> tuple[TrainState, float]:
-        """Returns the state after `limit` seconds, or the last one, and the seconds of a step."""
-        begin = time.monotonic()
-        initial = replicate(program.init_state(config), program.devices)
-        for dispatch in train_pass(program, config, initial, last_step):
-            jax.block_until_ready(dispatch.state)
-            taken = time.monotonic() - begin
-            if taken >= limit:
-                break
-        return dispatch.state, taken / dispatch.step
-
-    train_for(0)  # Compiles.
-    state, seconds_of_step = train_for(seconds)
-    total = seconds_of_step * total_steps
-
-    def time_of_second(call: Callable[[], Any]) -> float:
-        call()  # Compiles.
-        begin = time.monotonic()
-        call()
-        return time.monotonic() - begin
-
-    evaluations = -(-total_steps // (config.eval_every_steps or task.steps_per_epoch))
-    total += evaluations * time_of_second(lambda: evaluate(program, config, state))
-    if config.shift.every_steps:
-        measurements = total_steps // config.shift.every_steps
-        total += measurements * time_of_second(lambda: measure_shift(program, config, state, None))
-    return total
 
 
 def run_title(config: ConfigDict) -> str:
