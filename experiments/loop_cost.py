@@ -18,21 +18,28 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mbn_jax.parallel.devices import distribute, replicate, split_over_devices
-from mbn_jax.training.config import traced_values
+from mbn_jax.parallel.devices import (
+    distribute,
+    map_over_devices,
+    replicate,
+    split_over_devices,
+)
 from mbn_jax.training.config_files import parse_config
+from mbn_jax.training.hparams import HParams
 from mbn_jax.training.loop import train
 from mbn_jax.training.program import Program, Programs
+from mbn_jax.training.steps import build_train_step
 
 
 def bare_step(program: Program, config: ConfigDict) -> Callable[[int], tuple[float, float]]:
     """Returns what takes so many bare steps; that returns seconds a step, and those of the call."""
-    experiment, values = program.experiment, traced_values(config)
-    compiled = program.map_over_devices(experiment.step(values), donate_argnums=(0,))
-    examples = experiment.train.read(np.arange(config.batch_size))
-    examples["image"] = np.asarray(experiment.images(examples))
+    task = program.task
+    step = build_train_step(task, HParams.from_config(config).as_arrays())
+    compiled = map_over_devices(step, runtime=config.runtime, donate_argnums=(0,))
+    examples = task.train.read(np.arange(config.batch_size))
+    examples = examples._replace(image=np.asarray(task.standardized(examples.image)))
     batch = distribute(split_over_devices(examples))
-    state = replicate(program.initial_state(config), program.devices)
+    state = replicate(program.init_state(config), program.devices)
 
     def run(steps: int) -> tuple[float, float]:
         nonlocal state
@@ -76,7 +83,7 @@ def main() -> None:
         parser.error(f"--steps must be a multiple of 8 * --stack, got {args.steps}")
     config = parse_config(args.config, overrides)
     programs = Programs()
-    train_examples = len(programs.experiment(config).train)
+    train_examples = len(programs.task(config).train)
     config.num_epochs = args.steps / (train_examples // config.batch_size)
     config.log_every_steps = args.steps // 8
     config.eval_every_steps = config.checkpoint_every_steps = args.steps

@@ -162,7 +162,7 @@ def differences(whole: pathlib.Path, killed: pathlib.Path) -> Iterator[str]:
     for workdir in (whole, killed):
         checkpoints = Checkpoints(workdir / CHECKPOINTS)
         state = checkpoints.restore(
-            program.initial_state(config), local_statistics=program.experiment.local_statistics
+            program.init_state(config), local_statistics=program.task.local_statistics
         )
         checkpoints.close()
         if state is None:

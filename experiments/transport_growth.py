@@ -34,11 +34,11 @@ from scipy import stats
 from mbn_jax.core.moments import Moments
 from mbn_jax.core.records import BATCH_MOMENTS, FIRST_BATCH_MOMENTS
 from mbn_jax.core.transport import transport
-from mbn_jax.parallel.devices import first_device, replicate
-from mbn_jax.training.config import traced_values
+from mbn_jax.parallel.devices import first_device, map_over_devices, replicate
 from mbn_jax.training.config_files import parse_config
-from mbn_jax.training.diagnostics import statistics_error
 from mbn_jax.training.program import Program, Programs
+from mbn_jax.training.shift import statistics_error
+from mbn_jax.training.steps import BatchStack, build_train_step, next_batch
 
 AGES = (1, 4, 16, 64, 256)
 STARTS = (300, 700, 1100)  # Steps.
@@ -68,25 +68,26 @@ class Observer:
 
     def __init__(self, program: Program):
         """Compiles nothing yet."""
-        self._experiment = program.experiment
-        self.train = program.map_over_devices(self._train)
-        self.observe = program.map_over_devices(self._observe)
-        self.look = program.map_over_devices(self._look)
+        self._task = program.task
+        options = {"runtime": program.task.config.runtime, "devices": program.devices}
+        self.train = map_over_devices(self._train, **options)
+        self.observe = map_over_devices(self._observe, **options)
+        self.look = map_over_devices(self._look, **options)
 
     def _moments(self, values, params, batch_stats, batch, **collections):
         """Returns what a forward in training records, the inputs' moments by layer."""
         variables = {"params": params, "batch_stats": batch_stats, **collections}
         mutable = ["batch_stats", BATCH_MOMENTS]
-        model = self._experiment.model(values)
-        return model.apply(variables, batch["image"], train=True, mutable=mutable)[1][BATCH_MOMENTS]
+        model = self._task.model(values)
+        return model.apply(variables, batch.image, train=True, mutable=mutable)[1][BATCH_MOMENTS]
 
     def _batch(self, values, state, data, block, later):
         state = state.replace(step=state.step + later)
-        return self._experiment.batch_of_step(values, state, data, block)
+        return next_batch(self._task, state, values, data, block)
 
     def _train(self, state, values, data, block):
         batch = self._batch(values, state, data, block, 0)
-        return self._experiment.step(values)(state, batch)[0]
+        return build_train_step(self._task, values)(state, batch)[0]
 
     def _look(self, state, values, data, block, age):
         """Returns moments of the batches before the last `age`, by layer `[batches, *F]`."""
@@ -102,13 +103,13 @@ class Observer:
         batch, upcoming = (self._batch(values, state, data, block, later) for later in (0, 1))
         first = self._moments(values, state.params, state.batch_stats, batch)
         before = self._moments(values, state.params, state.batch_stats, upcoming)
-        new, _ = self._experiment.step(values)(state, batch)
+        new, _ = build_train_step(self._task, values)(state, batch)
         second = self._moments(
             values, new.params, state.batch_stats, batch, **{FIRST_BATCH_MOMENTS: first}
         )
         after = self._moments(values, new.params, new.batch_stats, upcoming)
         recorded = [_by_layer(x) for x in (first, second, before, after)]
-        epsilon = self._experiment.config.norm.epsilon
+        epsilon = self._task.config.norm.epsilon
         moved = {}
         for name, rule in RULES.items():
             moved[name] = {}
@@ -137,14 +138,14 @@ def run(
     config: ConfigDict, program: Program, observer: Observer
 ) -> dict[tuple[str, str, int], float]:
     """Returns the errors of one seed, by (what, rule, age)."""
-    devices, experiment, epsilon = program.devices, program.experiment, config.norm.epsilon
-    values = replicate(traced_values(config), devices)
-    state = replicate(program.initial_state(config), devices)
-    data = program.data(experiment.train)
+    devices, task, epsilon = program.devices, program.task, config.norm.epsilon
+    values = program.hparams(config)
+    state = replicate(program.init_state(config), devices)
+    data = program.data(task.train)
     last = max(STARTS) + max(AGES) + 2
-    index = experiment.order(config).steps(0, last)
+    index = task.order(config.seed).steps(0, last)
 
-    block = replicate({"index": index, "first_step": np.int32(0)}, devices)
+    block = replicate(BatchStack(np.int32(0), index), devices)
     ages = {age: replicate(np.int32(age), devices) for age in (0, *AGES)}
     found: dict[tuple[str, str, int], list[float]] = {}
     sums: dict[int, list[np.ndarray]] = {age: [] for age in AGES}

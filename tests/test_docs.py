@@ -6,8 +6,8 @@ import re
 import pytest
 
 from mbn_jax.sweeps.command import load_sweep
-from mbn_jax.training.config import validate
 from mbn_jax.training.config_files import parse_config
+from mbn_jax.training.rules import validate
 
 ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

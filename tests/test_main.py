@@ -26,11 +26,13 @@ DIGITS = str(ROOT / "configs" / "digits.py")
         (["--config.norm=batch"], "norm is a group; set one of its fields: .*norm.name"),
         (["--config.norm.memory_size=many"], "norm.memory_size=many"),
         (["--config.norm.memory_size=1.5"], "norm.memory_size=1.5"),
-        (["--config.norm.memory_size=0"], "norm.memory_size must be 1 or more, got 0"),
+        (
+            ["--config.norm.memory_size=-1"],
+            "norm.memory_size must be at most 65536 and 0 or more, got -1",
+        ),
         (["--config.norm.decay=0"], r"norm.decay must be in \(0, 1\], got 0.0"),
         (["--config.norm.decay=1.5"], r"norm.decay must be in \(0, 1\], got 1.5"),
         (["--config.norm.gradient=throgh"], "norm.gradient must be .* Did you mean 'through'"),
-        (["--config.norm.r_max=2"], "need norm.gradient='renorm', got 'auto'"),
         (["--config.norm.name=memorised"], "norm.name must be .* Did you mean 'memorized'"),
         (["--config.norm.sync=all"], "norm.sync must be one of sync, group, local, got 'all'"),
         (["--config.model.name=resnet"], "model.name must be one of convnet, .* got 'resnet'"),
@@ -40,18 +42,17 @@ DIGITS = str(ROOT / "configs" / "digits.py")
         ),
         (
             ["--config.double_forward=transport", "--config.norm.name=batch"],
-            "needs norm.name of memorized, averaged, got 'batch'; others take 'rewrite'",
+            "needs norm.name of memorized, got 'batch'; others take 'rewrite'",
         ),
         (["--config.double_forward_fraction=0"], r"must be in \(0, 1\], got 0.0"),
         (
-            ["--config.double_forward=off", "--config.double_forward_every=2"],
+            ["--config.double_forward=off", "--config.double_forward_fraction=0.5"],
             "need a second forward, and double_forward is 'off'",
         ),
         (
             ["--config.double_forward_fraction=0.5", "--config.norm.name=batch"],
-            "needs norm.name of memorized, averaged without norm.virtual_batch_size, got 'batch'",
+            "needs norm.name of memorized without norm.virtual_batch_size, got 'batch'",
         ),
-        (["--config.norm.transport_scale=False"], "a kind of double_forward='transport', got 'rew"),
         (
             ["--config.batch_size=8", "--config.double_forward_fraction=0.5"],
             "must leave whole examples, got 0.5 of 1 examples on a device",
@@ -112,7 +113,7 @@ def test_mistakes_in_the_config(overrides, message, data_dir, tmp_path, monkeypa
     def compile_nothing(self, config):
         raise AssertionError("compiled before the check")
 
-    monkeypatch.setattr(Program, "initial_state", compile_nothing)
+    monkeypatch.setattr(Program, "init_state", compile_nothing)
     fixed = ["--config.batch_size=16", f"--config.dataset.data_dir={data_dir}"]
     argv = [f"--config={DIGITS}", f"--workdir={tmp_path / 'run'}", *fixed, *overrides]
     with pytest.raises(UserError, match=message) as error:

@@ -1,1 +1,1 @@
-"""Data sets and the way from them to batches on the device."""
+"""Data sets: opened through TFDS, cut into batches, augmented on the device."""

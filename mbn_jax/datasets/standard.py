@@ -1,4 +1,4 @@
-"""Preprocessing and augmentation that is usual for the sets that normalization is studied with."""
+"""The usual preprocessing and augmentation of well-known data sets."""
 
 from typing import Any
 
@@ -18,14 +18,14 @@ STANDARD: dict[str, dict[str, Any]] = {
         "num_workers": 8,
     },
 }
-"""Fields of `config.dataset` by TFDS name, those that differ from the default.
+"""The fields of `config.dataset` that differ from the default, by TFDS name.
 
-All sets are standardized by mean and deviation of each channel over the training split.
+Every data set is standardized by mean and deviation of each channel over its training split.
 """
 
 
 def standard_dataset(name: str) -> dict[str, Any]:
-    """Returns the fields of `config.dataset` for a set of the table.
+    """Returns the fields of `config.dataset` for a data set in `STANDARD`.
 
     >>> standard_dataset('cifar100')
     {'name': 'cifar100', 'crop_padding': 4, 'flip': True}

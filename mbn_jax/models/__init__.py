@@ -24,12 +24,12 @@ def build_model(
     """Builds the network that `config.model` names.
 
     Args:
-      config: of the run.
+      config: run configuration.
       num_classes: outputs of the classifier.
-      norm: makes a normalization layer; the network calls it with `use_running_average`.
+      norm: factory of normalization layers, called with `use_running_average`.
 
     Returns:
-      A module called as `module(images, train=...)`.
+      A module to call as `module(images, train=...)`.
     """
     name = config.model.name
     model = functools.partial(

@@ -18,9 +18,9 @@ class ConvNet(nn.Module):
 
     Attributes:
       num_classes: outputs of the classifier.
-      norm: makes a normalization layer; called with `use_running_average`.
+      norm: factory of normalization layers, called with `use_running_average`.
       features: channels of each convolution.
-      remat: whether the backward pass computes normalization and activation once more.
+      remat: whether the backward pass recomputes normalization and activation.
       dtype: dtype of the computation.
 
     >>> from mbn_jax import MemorizedBatchNorm

@@ -1,4 +1,4 @@
-"""Networks that keep less between forward and backward, and compute it once more."""
+"""Rematerialization: keep less for the backward pass, and compute the rest a second time there."""
 
 from collections.abc import Callable
 
@@ -9,15 +9,15 @@ KEPT = ("conv_general_dilated", "dot_general", "psum", "psum_invariant")
 
 
 def is_kept(primitive, *_, **__) -> bool:
-    """Returns whether the backward pass finds the result of an operation, or computes it anew.
+    """Returns whether to keep the result of an operation for the backward pass.
 
-    A policy for `jax.checkpoint`. Kept are convolutions, matrix products, sums over devices and
-    reductions, such as the statistics of a batch; elementwise operations, such as normalization and
-    activation, are cheap enough to run once more.
+    A policy for `jax.checkpoint`. It keeps convolutions, matrix products, sums over devices and
+    reductions, such as the statistics of a batch. Elementwise operations, such as normalization and
+    activation, are cheap enough to run a second time.
     """
     return primitive.name in KEPT or primitive.name.startswith("reduce_")
 
 
 def stage(remat: bool, function: Callable[[nn.Module, jax.Array], jax.Array]) -> Callable:
-    """Returns a part of a network, a function of module and input, rematerialized or as it is."""
+    """Returns a part of a network, a function of module and input, rematerialized if `remat`."""
     return nn.remat(function, policy=is_kept) if remat else function

@@ -1,4 +1,4 @@
-"""Residual networks: for CIFAR as He et al. (2016) have them, and for ImageNet (v1.5)."""
+"""Residual networks: those of He et al. (2016) for CIFAR, and those for ImageNet (v1.5)."""
 
 import functools
 from collections.abc import Callable, Sequence
@@ -12,15 +12,15 @@ from mbn_jax.models.remat import stage
 
 
 class ResidualBlock(nn.Module):
-    """What the blocks share.
+    """Options and shortcut of a residual block.
 
     Attributes:
-      features: channels.
-      stride: of the first 3x3 convolution.
-      norm: makes a normalization layer; called with `use_running_average`.
-      shortcut: where the shape changes: 'pad' (option A: every other pixel, new channels 0, no
+      features: channels of its convolutions.
+      stride: stride of the first 3x3 convolution.
+      norm: factory of normalization layers, called with `use_running_average`.
+      shortcut: where the shape changes, 'pad' (option A: every other pixel, new channels 0, no
         parameters) or 'projection' (option B: a strided 1x1 convolution and a norm).
-      zero_init_last_scale: start as the identity.
+      zero_init_last_scale: whether the block starts as its shortcut.
       dtype: dtype of the computation.
     """
 
@@ -75,15 +75,15 @@ class ResNet(nn.Module):
 
     Attributes:
       num_classes: outputs of the classifier.
-      norm: makes a normalization layer; called with `use_running_average`.
-      block: class of the blocks.
+      norm: factory of normalization layers, called with `use_running_average`.
+      block: class of the residual blocks.
       stage_sizes: blocks of each stage; every stage but the first halves the image.
       features: channels of the first stage; each further one has twice as many.
       large_images: begin with a strided 7x7 convolution and pooling (ImageNet), not 3x3 (CIFAR).
-      shortcut: of the blocks, 'pad' or 'projection'.
-      zero_init_last_scale: of the blocks.
-      remat: whether the backward pass computes normalization and activation once more, stage by
-        stage, and the forward pass keeps convolutions alone.
+      shortcut: as for `ResidualBlock`.
+      zero_init_last_scale: as for `ResidualBlock`.
+      remat: whether the backward pass recomputes normalization and activation, stage by
+        stage.
       dtype: dtype of the computation.
 
     References:

@@ -21,8 +21,8 @@ class VGG16(nn.Module):
 
     Attributes:
       num_classes: outputs of the classifier.
-      norm: makes a normalization layer; called with `use_running_average`.
-      remat: whether the backward pass computes normalization and activation once more.
+      norm: factory of normalization layers, called with `use_running_average`.
+      remat: whether the backward pass recomputes normalization and activation.
       dtype: dtype of the computation.
 
     References:

@@ -77,7 +77,7 @@ def estimate(configs: Sequence[ConfigDict], programs: Programs, num_devices: int
         if program not in compiled:
             compiled.add(program)
             seconds += costs[kind].compilation  # Every device compiles for itself, side by side.
-        total_steps = programs.experiment(config).total_steps
+        total_steps = programs.task(config).total_steps
         seconds += costs[kind].of_run(config, total_steps) / num_devices
     return Estimate(seconds, len(costs))
 

@@ -23,11 +23,11 @@ from mbn_jax.parallel.preemption import StoppedError
 from mbn_jax.sweeps import storage as store
 from mbn_jax.sweeps.declaration import Member, Sweep
 from mbn_jax.sweeps.estimate import Estimate, estimate
-from mbn_jax.training.lock import only_one
 from mbn_jax.sweeps.progress import Progress
 from mbn_jax.training.config import fields, program_key
 from mbn_jax.training.config_files import with_fields
 from mbn_jax.training.divergence import DivergenceError
+from mbn_jax.training.lock import only_one
 from mbn_jax.training.loop import train
 from mbn_jax.training.program import Programs
 from mbn_jax.training.reporting import read_metrics
@@ -85,7 +85,7 @@ class Runner:
         if twice:
             raise UserError(f"these members have names too much alike for folders: {twice}")
         for member in self.members:
-            self._programs[self.devices[0]].experiment(member.config(config))
+            self._programs[self.devices[0]].task(member.config(config))
 
     @property
     def num_programs(self) -> int:

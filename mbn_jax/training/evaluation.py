@@ -8,8 +8,9 @@ from ml_collections import ConfigDict
 from mbn_jax.errors import UserError
 from mbn_jax.parallel.devices import Devices, first_device
 from mbn_jax.training.checkpoints import Checkpoints
-from mbn_jax.training.config import validate_devices
+from mbn_jax.training.passes import evaluate, recalibrate
 from mbn_jax.training.program import Programs
+from mbn_jax.training.rules import validate_devices
 from mbn_jax.training.task import load_dataset_split
 from mbn_jax.training.workdir import CHECKPOINTS, check_checkpoint, load_config
 
@@ -38,12 +39,11 @@ def evaluate_run(
     """
     config = load_config(workdir)
     program = Programs(_devices_that_fit(config)).get(config)
-    experiment = program.experiment
     checkpoints = Checkpoints(workdir / CHECKPOINTS)
     try:
         state = checkpoints.restore(
-            program.initial_state(config),
-            local_statistics=experiment.local_statistics,
+            program.init_state(config),
+            local_statistics=program.task.local_statistics,
             devices=program.devices,
             best=best,
         )
@@ -60,9 +60,9 @@ def evaluate_run(
                 f"The network of {workdir} keeps no statistics (norm {config.norm.name!r}), there "
                 "is nothing to recalibrate; leave recalibrate_batches out."
             )
-        state = program.recalibrate(config, state, recalibrate_batches)
-    evaluated = load_dataset_split(config, split) if split else experiment.test
-    values = program.evaluate(config, state, evaluated)
+        state = recalibrate(program, config, state, recalibrate_batches)
+    evaluated = load_dataset_split(config, split) if split else program.task.test
+    values = evaluate(program, config, state, evaluated)
     return {"step": int(first_device(state.step)), "split": evaluated.name, **values}
 
 

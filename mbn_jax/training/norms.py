@@ -3,7 +3,6 @@
 import functools
 from collections.abc import Callable
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
@@ -13,102 +12,119 @@ from mbn_jax.core.moments import Schedule
 from mbn_jax.linen.batch_renorm import BatchRenorm
 from mbn_jax.linen.memorized import MemorizedBatchNorm
 from mbn_jax.linen.virtual_batches import VirtualBatches
+from mbn_jax.models.affine import Affine
 from mbn_jax.parallel.devices import AXIS_NAME
+from mbn_jax.training.hparams import HParams
 
 SYNCS = ("sync", "group", "local")
+NORMS_OF_BATCHES = ("memorized", "batch", "batch_renorm")
+"""Norms that normalize by statistics of batches."""
+
+LAYERS = (
+    VirtualBatches,
+    MemorizedBatchNorm,
+    nn.BatchNorm,
+    BatchRenorm,
+    nn.GroupNorm,
+    nn.InstanceNorm,
+    Affine,
+)
+"""Classes of the layers that `NORMS` builds."""
+
+NormFactory = Callable[..., nn.Module]
+"""`norm(use_running_average=..., scale_init=...)` is a normalization layer."""
+
+
+def build_norm(
+    config: ConfigDict, hparams: HParams, num_devices: int, total_steps: int
+) -> NormFactory:
+    """Builds the norm that `config.norm` describes.
+
+    Args:
+      config: run configuration; the numbers in `hparams` are not read from it.
+      hparams: memory size and decay, which may be traced.
+      num_devices: devices on all hosts; `norm.sync='group'` divides them.
+      total_steps: total training steps; schedules of a norm are shares of it.
+
+    Returns:
+      A factory of normalization layers.
+    """
+    norm = functools.partial(
+        NORMS[config.norm.name](config, hparams, num_devices, total_steps),
+        dtype=jnp.dtype(config.model.dtype),
+    )
+    virtual_batch_size = config.norm.virtual_batch_size
+    if not virtual_batch_size or config.norm.name not in NORMS_OF_BATCHES:
+        return norm
+    synced = synced_devices(config, num_devices)
+    num_groups = config.batch_size // num_devices * synced // virtual_batch_size
+
+    def in_groups(use_running_average: bool, **options) -> nn.Module:
+        return VirtualBatches(functools.partial(norm, **options), num_groups, use_running_average)
+
+    return in_groups
+
+
+def is_endless(config: ConfigDict) -> bool:
+    """Returns whether the memory has no end, and so no slots: `norm.memory_size=0`."""
+    return config.norm.memory_size == 0
+
+
+def has_memory_schedule(config: ConfigDict) -> bool:
+    """Returns whether the memory size follows a schedule."""
+    return config.norm.memory_schedule.start_size > 0
+
+
+def memory_capacity(config: ConfigDict) -> int:
+    """Returns how many slots a memory has; 0 for one without end."""
+    return 0 if is_endless(config) else config.norm.memory_capacity or config.norm.memory_size
+
+
+def memory_size_schedule(config: ConfigDict, hparams: HParams, total_steps: int) -> Schedule:
+    """Returns the memory size, as a number or as a function of the step."""
+    if not has_memory_schedule(config):
+        return hparams.memory_size
+    growth = config.norm.memory_schedule
+    begin, end = round(growth.begin * total_steps), round(growth.end * total_steps)
+    return optax.linear_schedule(
+        hparams.memory_start_size,
+        hparams.memory_size,
+        max(1, end - begin),
+        transition_begin=begin,
+    )
 
 
 def synced_devices(config: ConfigDict, num_devices: int) -> int:
-    """Returns over how many devices the statistics of a batch are pooled."""
+    """Returns how many devices share the statistics of a batch."""
     return {"sync": num_devices, "group": config.norm.sync_group_size, "local": 1}[config.norm.sync]
 
 
-class Affine(nn.Module):
-    """A learned scale and bias per channel and nothing else: the baseline without normalization.
-
-    >>> Affine().init(jax.random.key(0), jnp.zeros((2, 3)))['params']['scale'].tolist()
-    [1.0, 1.0, 1.0]
-    """
-
-    use_running_average: bool | None = None
-    dtype: jnp.dtype | None = None
-    scale_init: nn.initializers.Initializer = nn.initializers.ones
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Returns x * scale + bias, for x `[..., channels]`."""
-        shape = (x.shape[-1],)
-        scale = self.param("scale", self.scale_init, shape)
-        bias = self.param("bias", nn.initializers.zeros, shape)
-        broadcast = (1,) * (x.ndim - 1) + shape
-        y = x * scale.reshape(broadcast) + bias.reshape(broadcast)
-        return y.astype(self.dtype or x.dtype)
-
-
-def memory_rule(config: ConfigDict, total_steps: int) -> tuple[Schedule, Schedule]:
-    """Returns memory size and decay of the layers, as numbers or as functions of the step."""
-    norm, growth = config.norm, config.norm.memory_schedule
-    if isinstance(growth.start_size, int) and not growth.start_size:
-        return norm.memory_size, norm.decay
-    begin, end = round(growth.begin * total_steps), round(growth.end * total_steps)
-    size = optax.linear_schedule(
-        growth.start_size, norm.memory_size, max(1, end - begin), transition_begin=begin
-    )
-    return size, norm.decay
-
-
-def _statistics_options(config: ConfigDict, num_devices: int) -> dict:
-    """Returns what every layer with batch statistics takes."""
-    norm = config.norm
-    options = {"epsilon": norm.epsilon, "use_fast_variance": norm.use_fast_variance}
-    if norm.sync != "local":
-        options["axis_name"] = AXIS_NAME
-    if norm.sync == "group":
-        size = norm.sync_group_size
-        starts = range(0, num_devices, size)
-        # Tuples, for a module with lists could not be hashed.
-        options["axis_index_groups"] = tuple(tuple(range(i, i + size)) for i in starts)
-    return options
-
-
-def _pooled_options(config: ConfigDict, num_devices: int) -> dict:
-    """Returns what every layer takes that normalizes by a pool with the batch in it."""
-    norm = config.norm
-    return {
-        "gradient": norm.gradient,
+def _memorized(
+    config: ConfigDict, hparams: HParams, num_devices: int, total_steps: int
+) -> NormFactory:
+    options = {
+        "decay": hparams.decay,
+        "gradient": config.norm.gradient,
         **_statistics_options(config, num_devices),
     }
-
-
-def _memorized(config: ConfigDict, num_devices: int, total_steps: int) -> Callable[..., nn.Module]:
-    norm = config.norm
-    memory_size, decay = memory_rule(config, total_steps)
+    if is_endless(config):
+        return functools.partial(MemorizedBatchNorm, memory_size=None, **options)
     return functools.partial(
         MemorizedBatchNorm,
-        memory_size=memory_size,
-        memory_capacity=norm.memory_capacity or norm.memory_size,
-        decay=decay,
-        **_pooled_options(config, num_devices),
+        memory_size=memory_size_schedule(config, hparams, total_steps),
+        memory_capacity=memory_capacity(config),
+        **options,
     )
 
 
-def _averaged(config: ConfigDict, num_devices: int, total_steps: int) -> Callable[..., nn.Module]:
-    return functools.partial(
-        MemorizedBatchNorm,
-        memory_size=None,
-        decay=config.norm.decay,
-        **_pooled_options(config, num_devices),
-    )
-
-
-def _batch(config: ConfigDict, num_devices: int, total_steps: int) -> Callable[..., nn.Module]:
+def _batch(config: ConfigDict, hparams: HParams, num_devices: int, total_steps: int) -> NormFactory:
     options = _statistics_options(config, num_devices)
     return functools.partial(nn.BatchNorm, momentum=config.norm.momentum, **options)
 
 
 def _batch_renorm(
-    config: ConfigDict, num_devices: int, total_steps: int
-) -> Callable[..., nn.Module]:
+    config: ConfigDict, hparams: HParams, num_devices: int, total_steps: int
+) -> NormFactory:
     limits = config.norm.batch_renorm
     begin = round(limits.begin * total_steps)
 
@@ -124,23 +140,38 @@ def _batch_renorm(
     )
 
 
-def _without_statistics(make: Callable[[ConfigDict], Callable[..., nn.Module]]):
-    """Adapts a layer that has no statistics of batches, and so no `use_running_average`."""
+def _statistics_options(config: ConfigDict, num_devices: int) -> dict:
+    """Returns the options that all layers with statistics of batches share."""
+    norm = config.norm
+    options = {"epsilon": norm.epsilon, "use_fast_variance": norm.use_fast_variance}
+    if norm.sync != "local":
+        options["axis_name"] = AXIS_NAME
+    if norm.sync == "group":
+        size = norm.sync_group_size
+        starts = range(0, num_devices, size)
+        # Tuples, because flax hashes a module's attributes.
+        options["axis_index_groups"] = tuple(tuple(range(i, i + size)) for i in starts)
+    return options
 
-    def build(config: ConfigDict, num_devices: int, total_steps: int) -> Callable[..., nn.Module]:
-        layer = functools.partial(make(config), epsilon=config.norm.epsilon)
+
+def _without_statistics(make_layer: Callable[[ConfigDict], Callable[..., nn.Module]]):
+    """Adapts a layer without statistics of batches, which takes no `use_running_average`."""
+
+    def build(
+        config: ConfigDict, hparams: HParams, num_devices: int, total_steps: int
+    ) -> NormFactory:
+        layer = functools.partial(make_layer(config), epsilon=config.norm.epsilon)
         return lambda use_running_average=None, **options: layer(**options)
 
     return build
 
 
-def _none(config: ConfigDict, num_devices: int, total_steps: int) -> Callable[..., nn.Module]:
+def _none(config: ConfigDict, hparams: HParams, num_devices: int, total_steps: int) -> NormFactory:
     return Affine
 
 
 NORMS = {
     "memorized": _memorized,
-    "averaged": _averaged,
     "batch": _batch,
     "batch_renorm": _batch_renorm,
     "group": _without_statistics(
@@ -151,47 +182,3 @@ NORMS = {
     "instance": _without_statistics(lambda config: nn.InstanceNorm),
     "none": _none,
 }
-NORMS_OF_BATCHES = ("memorized", "averaged", "batch", "batch_renorm")
-"""Those with statistics of batches."""
-
-NORMS_WITH_MEMORY = ("memorized", "averaged")
-"""Those of which `double_forward='transport'` can move what they keep."""
-
-LAYERS = (
-    VirtualBatches,
-    MemorizedBatchNorm,
-    nn.BatchNorm,
-    BatchRenorm,
-    nn.GroupNorm,
-    nn.InstanceNorm,
-    Affine,
-)
-"""The classes of the layers that `NORMS` makes."""
-
-
-def build_norm(config: ConfigDict, num_devices: int, total_steps: int) -> Callable[..., nn.Module]:
-    """Returns what makes the layers that `config.norm` describes.
-
-    Args:
-      config: of the run; `norm.memory_size` and `norm.decay` may be traced, where
-        `norm.memory_capacity` is given.
-      num_devices: over all hosts; `norm.sync='group'` divides them.
-      total_steps: of the run; schedules of a norm are shares of it.
-
-    Returns:
-      A factory: `norm(use_running_average=..., scale_init=...)` is a linen module.
-    """
-    norm = functools.partial(
-        NORMS[config.norm.name](config, num_devices, total_steps),
-        dtype=jnp.dtype(config.model.dtype),
-    )
-    virtual_batch_size = config.norm.virtual_batch_size
-    if not virtual_batch_size or config.norm.name not in NORMS_OF_BATCHES:
-        return norm
-    synced = synced_devices(config, num_devices)
-    num_groups = config.batch_size // num_devices * synced // virtual_batch_size
-
-    def in_groups(use_running_average: bool, **options) -> nn.Module:
-        return VirtualBatches(functools.partial(norm, **options), num_groups, use_running_average)
-
-    return in_groups

@@ -1,22 +1,29 @@
 """Optimizers and learning-rate schedules of optax, by configuration."""
 
+from typing import Any
+
 import jax
 import optax
 from ml_collections import ConfigDict
+
+from mbn_jax.training.hparams import HParams
 
 OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("cosine", "step", "constant")
 
 
-def build_schedule(config: ConfigDict, *, steps_per_epoch: int, total_steps: int) -> optax.Schedule:
+def build_schedule(
+    config: ConfigDict, hparams: HParams, *, steps_per_epoch: int, total_steps: int
+) -> optax.Schedule:
     """Returns the learning rate as a function of the step: a linear warm-up, then the schedule.
 
     Args:
-      config: of the run; the learning rate may be traced.
-      steps_per_epoch: converts the epochs of the config.
-      total_steps: of the run; 'cosine' reaches 0 there.
+      config: run configuration; the numbers in `hparams` are not read from it.
+      hparams: learning rate, which may be traced.
+      steps_per_epoch: steps of an epoch, in which the config counts.
+      total_steps: total training steps; 'cosine' reaches 0 there.
     """
-    rate = config.optimizer.learning_rate
+    rate = hparams.learning_rate
     warmup = int(config.schedule.warmup_epochs * steps_per_epoch)
     if config.schedule.name == "cosine":
         main = optax.cosine_decay_schedule(rate, total_steps - warmup)
@@ -30,27 +37,22 @@ def build_schedule(config: ConfigDict, *, steps_per_epoch: int, total_steps: int
         main = optax.constant_schedule(rate)
     if not warmup:
         return main
-    # From the first share of the rate, not from 0: a step at rate 0 is a step lost.
+    # From the first fraction of the rate, not from 0: a step at rate 0 would be lost.
     start = optax.linear_schedule(rate / (warmup + 1), rate, warmup)
     return optax.join_schedules([start, main], [warmup])
 
 
-def decayed_params(params) -> object:
-    """Returns True for the parameters that weight decay is for: all but scales and biases.
+def build_optimizer(
+    config: ConfigDict, hparams: HParams, schedule: optax.Schedule
+) -> optax.GradientTransformation:
+    """Returns the optimizer, preceded by gradient clipping and weight decay.
 
-    >>> decayed_params({'conv': {'kernel': 1, 'bias': 2}, 'norm': {'scale': 3}})
-    {'conv': {'bias': False, 'kernel': True}, 'norm': {'scale': False}}
-    """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: getattr(path[-1], "key", None) not in ("scale", "bias"), params
-    )
+    Weight decay is added to the gradient for 'sgd', and decoupled from it for 'adam'.
 
-
-def build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.GradientTransformation:
-    """Returns the optimizer of `config`, after clipping and weight decay.
-
-    Weight decay is added to the gradient for 'sgd', and decoupled from it for 'adam'; it may be
-    traced.
+    Args:
+      config: run configuration; the numbers in `hparams` are not read from it.
+      hparams: weight decay, which may be traced.
+      schedule: learning rate by step.
     """
     options = config.optimizer
     mask = None if options.decay_norm_params else decayed_params
@@ -58,8 +60,19 @@ def build_optimizer(config: ConfigDict, schedule: optax.Schedule) -> optax.Gradi
     if config.gradient_clip_norm:
         transforms.append(optax.clip_by_global_norm(config.gradient_clip_norm))
     if options.name == "adam":
-        transforms.append(optax.adamw(schedule, weight_decay=options.weight_decay, mask=mask))
+        transforms.append(optax.adamw(schedule, weight_decay=hparams.weight_decay, mask=mask))
         return optax.chain(*transforms)
-    transforms.append(optax.add_decayed_weights(options.weight_decay, mask))
+    transforms.append(optax.add_decayed_weights(hparams.weight_decay, mask))
     sgd = optax.sgd(schedule, momentum=options.momentum or None, nesterov=options.nesterov)
     return optax.chain(*transforms, sgd)
+
+
+def decayed_params(params: Any) -> Any:
+    """Returns True for each parameter that weight decay applies to: all but scales and biases.
+
+    >>> decayed_params({'conv': {'kernel': 1, 'bias': 2}, 'norm': {'scale': 3}})
+    {'conv': {'bias': False, 'kernel': True}, 'norm': {'scale': False}}
+    """
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: getattr(path[-1], "key", None) not in ("scale", "bias"), params
+    )

@@ -1,4 +1,4 @@
-"""Where a run starts: at its newest sound checkpoint, or before the first step."""
+"""Finds the state that a run starts from: its newest sound checkpoint, or the initial one."""
 
 import dataclasses
 import pathlib
@@ -10,21 +10,20 @@ from ml_collections import ConfigDict
 from mbn_jax.parallel.devices import first_device, first_host_first, replicate
 from mbn_jax.step.state import TrainState
 from mbn_jax.training.checkpoints import Checkpoints
-from mbn_jax.training.config import steps_per_epoch
 from mbn_jax.training.initialization import with_weights_of
 from mbn_jax.training.program import Program
 from mbn_jax.training.reporting import check_records
 from mbn_jax.training.workdir import CHECKPOINTS, check_checkpoint, writing
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class Start:
     """What a run starts from.
 
     Attributes:
       state: arrays `[devices, ...]`.
-      step: of it.
-      pending: metrics of steps before it that are on no record yet, `[1, steps]`.
+      step: its step.
+      pending: metrics of steps up to it that are not in a record yet, `[1, steps]`.
     """
 
     state: TrainState
@@ -36,19 +35,22 @@ def find_start(program: Program, config: ConfigDict, workdir: pathlib.Path) -> S
     """Reads the newest sound checkpoint, or makes the state before the first step.
 
     Args:
-      program: that serves the run.
-      config: of the run.
-      workdir: of the run; checkpoints that are not sound are deleted.
+      program: program of the run.
+      config: run configuration.
+      workdir: folder of the run; checkpoints that are not sound are deleted.
 
     Raises:
-      UserError: where config or records are not those of the checkpoint.
+      UserError: if the checkpoint is of another configuration, or the records do not fit it.
     """
-    fresh = program.initial_state(config)
+    initial = program.init_state(config)
     with writing(workdir):
         checkpoints = Checkpoints(workdir / CHECKPOINTS)
         try:
-            local = program.experiment.local_statistics
-            state = checkpoints.restore(fresh, local_statistics=local, devices=program.devices)
+            state = checkpoints.restore(
+                initial,
+                local_statistics=program.task.local_statistics,
+                devices=program.devices,
+            )
             notes = checkpoints.notes
             checkpoints.discard_damaged()
         finally:
@@ -56,22 +58,11 @@ def find_start(program: Program, config: ConfigDict, workdir: pathlib.Path) -> S
     check_checkpoint(config, notes.get("config"), workdir)
     if state is None:
         if config.init_from:
-            fresh = with_weights_of(config.init_from, fresh)
-        state = replicate(fresh, program.devices)
+            initial = with_weights_of(config.init_from, initial)
+        state = replicate(initial, program.devices)
     step = int(first_device(state.step))
     with first_host_first():
-        if jax.process_index() == 0:  # The others may see an older file.
+        if jax.process_index() == 0:  # Other hosts may still see an older file.
             check_records(workdir, step, notes.get("records"))
     pending = {k: np.array([v], np.float32) for k, v in notes.get("pending", {}).items()}
     return Start(state, step, pending)
-
-
-def whole_epoch(program: Program, config: ConfigDict) -> int:
-    """Returns the steps of an epoch, to a whole number of dispatches."""
-    stride = config.steps_per_dispatch
-    return -(-steps_per_epoch(config, len(program.experiment.train)) // stride) * stride
-
-
-def steps_per_checkpoint(program: Program, config: ConfigDict) -> int:
-    """Returns how many steps there are between two checkpoints."""
-    return config.checkpoint_every_steps or whole_epoch(program, config)

@@ -1,130 +1,180 @@
-"""Measures the distribution shift of a run: what an update does to the statistics of its norms."""
+"""Distribution shift: what an update does to the statistics of the normalization layers."""
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from mbn_jax.core.double_forward import BATCH_MOMENTS, FIRST_BATCH_MOMENTS
-from mbn_jax.core.moments import Moments
-from mbn_jax.parallel.devices import AXIS_NAME, first_device, replicate
+from mbn_jax.core.moments import Array, Moments, abs_sq
+from mbn_jax.datasets.split import Examples
+from mbn_jax.parallel.devices import AXIS_NAME, first_device
 from mbn_jax.statistics.recalibration import record_norm_inputs
 from mbn_jax.step.state import TrainState
-from mbn_jax.training import config as config_lib
-from mbn_jax.training.diagnostics import statistics_error, update_shift
+from mbn_jax.training.hparams import HParams
 from mbn_jax.training.norms import LAYERS
-from mbn_jax.training.task import Batch
-
-if TYPE_CHECKING:
-    from mbn_jax.training.program import Program
+from mbn_jax.training.passes import input_moments, shared_batch_stats
+from mbn_jax.training.program import Program
+from mbn_jax.training.steps import BatchStack, build_train_step, layer_statistics, next_batch
+from mbn_jax.training.task import Task
 
 PyTree = Any
+LayerValues = dict[str, dict[str, Array]]
 
 
-class ShiftMeter:
-    """Measures states of the runs that one program serves."""
+def measure_shift(
+    program: Program, config: ConfigDict, state: TrainState, upcoming: BatchStack | None
+) -> dict[str, float]:
+    """Measures the next update's shift of the statistics, and the error that they have now.
 
-    def __init__(self, program: "Program"):
-        """Compiles nothing yet."""
-        self._program = program
-        self._experiment = program.experiment
-        self._update_shift = program.map_over_devices(self._device_update_shift)
-        self._statistics_errors = program.map_over_devices(self._device_statistics_errors)
+    The shift is that of the whole batch, whatever part of it the run sends forward twice.
 
-    def measure(
-        self, config: ConfigDict, state: TrainState, block: Batch | None
-    ) -> dict[str, float]:
-        """Measures the next update's shift of the statistics, and the error that they have now.
+    Args:
+      program: program of the run.
+      config: run configuration; `config.shift` says which layers, and which population.
+      state: arrays `[devices, ...]`.
+      upcoming: the stack with the next batch; None at the end of a run.
 
-        Args:
-          config: of the run; `config.shift` says which layers, and which population.
-          state: arrays `[devices, ...]`.
-          block: on the devices, with the next batch; None at the end of a run, which has none.
+    Returns:
+      'shift_mean', 'shift_std' and 'shift_kl' of the next update (see `moments_shift`), and
+      'error_mean' and 'error_log_variance' of the statistics for inference against those of the
+      training split, augmented as in training (see `statistics_error`): the average over layers,
+      and with '/LAYER' appended that of each layer.
+    """
+    hparams = program.hparams(config)
+    values: dict[str, float] = {}
+    if upcoming is not None:
+        step = program.compiled(shift_step)
+        data = program.data(program.task.train)
+        values |= _flat("shift", step(state, hparams, data, upcoming))
+    batch_stats = shared_batch_stats(program, state)
+    if batch_stats:
+        population = input_moments(
+            program, config, state.params, batch_stats, config.shift.examples
+        )
+        errors = program.compiled(statistics_errors)(population, hparams, batch_stats)
+        values |= _flat("error", errors)
+    return values
 
-        Returns:
-          'shift_mean', 'shift_std' and 'shift_kl' of the next update (see
-          `mbn_jax.training.diagnostics`), and 'error_mean' and 'error_log_variance' of the
-          statistics for inference against those of the training split, augmented as in training
-          (see `statistics_error`): the average over layers, and '/LAYER' for each. The shift is
-          that of the whole batch, whatever part of it the run sends forward twice.
-        """
-        values = replicate(config_lib.traced_values(config), self._program.devices)
-        split = self._experiment.train
-        data = self._program.data(split)
-        measured = []
-        if block is not None:
-            measured.append(("shift", self._update_shift(state, values, data, block)))
-        batch_stats = self._program.inference_stats(state)
-        if batch_stats:
-            population = self._program.norm_inputs(
-                config, state.params, batch_stats, config.shift.examples
+
+def _flat(kind: str, by_layer: LayerValues) -> dict[str, float]:
+    """Returns values of the first device as 'KIND_NAME/LAYER', and averages as 'KIND_NAME'."""
+    host = jax.device_get(first_device(by_layer))
+    flat = {}
+    for name in {name: None for values in host.values() for name in values}:
+        layers = {layer: float(values[name]) for layer, values in host.items()}
+        flat[f"{kind}_{name}"] = sum(layers.values()) / len(layers)
+        flat |= {f"{kind}_{name}/{layer}": value for layer, value in layers.items()}
+    return flat
+
+
+def shift_step(
+    task: Task, state: TrainState, hparams: HParams, data: Examples | None, stack: BatchStack
+) -> LayerValues:
+    """Measures what the next update does to the statistics of its own batch.
+
+    For the arguments see `mbn_jax.training.steps`.
+
+    Returns:
+      `moments_shift` by layer, averaged over devices.
+    """
+    config = task.config
+    batch = next_batch(task, state, hparams, data, stack)
+    new, _ = build_train_step(task, hparams)(state, batch)
+    axis_name = None if task.local_statistics else AXIS_NAME
+
+    def inputs(params: PyTree, **collections: PyTree) -> tuple[dict[str, Moments], PyTree]:
+        variables = {"params": params, "batch_stats": state.batch_stats, **collections}
+        with record_norm_inputs(LAYERS, config.shift.layers, axis_name=axis_name) as recorded:
+            _, updates = task.model(hparams, remat=False).apply(
+                variables,
+                batch.image,
+                train=True,
+                mutable=["batch_stats", BATCH_MOMENTS],
+                rngs={"dropout": state.key},  # The same draws before and after the update.
             )
-            errors = self._statistics_errors(population, values, batch_stats)
-            measured.append(("error", errors))
-        found = {}
-        for kind, layers in measured:
-            host = jax.device_get(first_device(layers))
-            for name in {name: None for values in host.values() for name in values}:
-                by_layer = {layer: float(values[name]) for layer, values in host.items()}
-                found[f"{kind}_{name}"] = sum(by_layer.values()) / len(by_layer)
-                found |= {f"{kind}_{name}/{layer}": value for layer, value in by_layer.items()}
-        return found
+        return recorded, updates.get(BATCH_MOMENTS, {})
 
-    def _device_update_shift(
-        self, state: TrainState, values: Batch, data: Batch, block: Batch
-    ) -> dict[str, dict[str, jax.Array]]:
-        """Measures what the next update does to the statistics of its own batch.
+    before, first = inputs(state.params)
+    transports = config.double_forward == "transport"
+    after, _ = inputs(new.params, **({FIRST_BATCH_MOMENTS: first} if transports else {}))
+    stats = layer_statistics(state.batch_stats)
+    shifts = {}
+    for layer, moments in before.items():
+        _, var = stats.get(layer, (None, moments.var))
+        shifts[layer] = moments_shift(moments, after[layer], var, config.norm.epsilon)
+    return jax.lax.pmean(shifts, AXIS_NAME)
 
-        Args:
-          state: of the device, before the update; it stays as it is.
-          values: of the run.
-          data: the training split, or empty where batches come decoded.
-          block: as `batch_of_step` takes it.
 
-        Returns:
-          `mbn_jax.training.diagnostics.update_shift` by layer; averaged over devices.
-        """
-        batch = self._experiment.batch_of_step(values, state, data, block)
-        new, _ = self._experiment.step(values)(state, batch)
-        synced = self._experiment.config.norm.sync == "sync"
+def statistics_errors(
+    task: Task, population: dict[str, Moments], hparams: HParams, batch_stats: PyTree
+) -> LayerValues:
+    """Returns `statistics_error` of each layer that keeps statistics."""
+    stats = layer_statistics(batch_stats)
+    return {
+        layer: statistics_error(*stats[layer], moments, task.config.norm.epsilon)
+        for layer, moments in population.items()
+        if layer in stats
+    }
 
-        def inputs(params: PyTree, **collections: PyTree) -> tuple[dict[str, Moments], PyTree]:
-            variables = {"params": params, "batch_stats": state.batch_stats, **collections}
-            with record_norm_inputs(
-                LAYERS,
-                self._experiment.config.shift.layers,
-                axis_name=AXIS_NAME if synced else None,
-            ) as recorded:
-                _, updates = self._experiment.model(values, remat=False).apply(
-                    variables,
-                    batch["image"],
-                    train=True,
-                    mutable=["batch_stats", BATCH_MOMENTS],
-                    rngs={"dropout": state.key},  # The same draws before and after.
-                )
-            return recorded, updates.get(BATCH_MOMENTS, {})
 
-        before, first = inputs(state.params)
-        transports = self._experiment.config.double_forward == "transport"
-        after, _ = inputs(new.params, **({FIRST_BATCH_MOMENTS: first} if transports else {}))
-        stats = self._experiment.inference_statistics(state.batch_stats, values)
-        shifts = {}
-        for layer, moments_before in before.items():
-            _, var = stats.get(layer, (None, moments_before.var))
-            epsilon = self._experiment.config.norm.epsilon
-            shifts[layer] = update_shift(moments_before, after[layer], var, epsilon)
-        return jax.lax.pmean(shifts, AXIS_NAME)
+def moments_shift(before: Moments, after: Moments, var: Array, epsilon: float) -> dict[str, Array]:
+    """Measures how far an update moved the moments of one batch, averaged over features.
 
-    def _device_statistics_errors(
-        self, population: dict[str, Moments], values: Batch, batch_stats: PyTree
-    ) -> dict[str, dict[str, jax.Array]]:
-        """Returns `statistics_error` for each layer that keeps statistics."""
-        stats = self._experiment.inference_statistics(batch_stats, values)
-        errors = {}
-        for layer, moments in population.items():
-            if layer in stats:
-                mean, var = stats[layer]
-                errors[layer] = statistics_error(
-                    mean, var, moments, self._experiment.config.norm.epsilon
-                )
-        return errors
+        mean = sqrt(E[|m' - m|^2 / s^2])    std = sqrt(E[(s_B' - s_B)^2 / s^2])
+        kl = E[KL(N(m', v') || N(m, v))],    s^2 = var + epsilon, and epsilon added to v and v'
+
+    Args:
+      before: moments of the batch under the parameters before the update, `[*F]`.
+      after: moments of the same batch under those after it, `[*F]`.
+      var: `[*F]`, variance whose square root is the unit of 'mean' and 'std'.
+      epsilon: added to variances.
+
+    Returns:
+      'mean' and 'std', in standard deviations, and 'kl', in nats: the cost of describing the batch
+      by its moments from before the update.
+
+    >>> moments = Moments(jnp.array([0.0]), jnp.array([1.0]), jnp.array([8.0]))
+    >>> moved = Moments(jnp.array([0.5]), jnp.array([1.0]), jnp.array([8.0]))
+    >>> shift = moments_shift(moments, moved, jnp.array([1.0]), 0.0)
+    >>> {name: float(value) for name, value in shift.items()}
+    {'mean': 0.5, 'std': 0.0, 'kl': 0.125}
+    """
+    v, v_after, unit = before.var + epsilon, after.var + epsilon, var + epsilon
+    moved = abs_sq(after.mean - before.mean)
+    kl = 0.5 * (jnp.log(v / v_after) + (v_after + moved) / v - 1)
+    return {
+        "mean": jnp.sqrt((moved / unit).mean()),
+        "std": jnp.sqrt((jnp.square(jnp.sqrt(v_after) - jnp.sqrt(v)) / unit).mean()),
+        "kl": kl.mean(),
+    }
+
+
+def statistics_error(
+    mean: Array, var: Array, population: Moments, epsilon: float
+) -> dict[str, Array]:
+    """Measures the error of a layer's statistics against the population's, over its features.
+
+        mean = sqrt(E[|mean - m|^2 / (v + epsilon)])
+        log_variance = sqrt(E[log((var + epsilon) / (v + epsilon))^2])
+
+    Args:
+      mean: `[*F]`, mean that the layer normalizes by at inference.
+      var: `[*F]`, variance that it normalizes by at inference.
+      population: moments m, v of the layer's inputs over the population, `[*F]`.
+      epsilon: added to variances.
+
+    Returns:
+      'mean', in the population's standard deviations, and 'log_variance'.
+
+    >>> population = Moments(jnp.array([1.0]), jnp.array([4.0]), jnp.array([8.0]))
+    >>> error = statistics_error(jnp.array([2.0]), jnp.array([4.0]), population, 0.0)
+    >>> {name: float(value) for name, value in error.items()}
+    {'mean': 0.5, 'log_variance': 0.0}
+    """
+    v = population.var + epsilon
+    return {
+        "mean": jnp.sqrt((abs_sq(mean - population.mean) / v).mean()),
+        "log_variance": jnp.sqrt(jnp.square(jnp.log((var + epsilon) / v)).mean()),
+    }

@@ -10,20 +10,19 @@ import pytest
 from PIL import Image
 from sklearn.datasets import load_digits
 
-from mbn_jax.datasets.images import load_split
-from mbn_jax.datasets.pipeline import (
-    BatchOrder,
-    augment,
+from mbn_jax.datasets.augmentation import augment, example_keys, look_up, standardize
+from mbn_jax.datasets.batches import (
+    HostBatches,
     evaluation_batches,
-    example_keys,
     pixel_statistics,
-    standardize,
-    take,
-    training_blocks,
+    training_batches,
 )
+from mbn_jax.datasets.order import BatchOrder
 from mbn_jax.datasets.standard import STANDARD, standard_dataset
+from mbn_jax.datasets.tfds_splits import load_split
 from mbn_jax.errors import UserError
-from mbn_jax.training.config import default_config, validate
+from mbn_jax.training.config import default_config
+from mbn_jax.training.rules import validate
 
 
 @pytest.fixture(scope="module")
@@ -31,15 +30,25 @@ def train(data_dir):
     return load_split("digits", "train", data_dir=data_dir)
 
 
-def blocks(split, *, seed=0, batch_size=12, classes_per_batch=0, **options):
+def stacks(
+    split,
+    *,
+    seed=0,
+    batch_size=12,
+    classes_per_batch=0,
+    process_index=0,
+    process_count=1,
+    **options,
+):
     order = BatchOrder(split, seed=seed, batch_size=batch_size, classes_per_batch=classes_per_batch)
-    return list(training_blocks(split, order, **options))
+    host = HostBatches(split, order, process_index, process_count)
+    return list(training_batches(host, **options))
 
 
 def indices(split, *, first_step=0, num_steps=30, **options):
-    found = blocks(split, first_step=first_step, num_steps=num_steps, steps_per_block=7, **options)
-    # The last block is filled up.
-    return np.concatenate([block["index"] for block in found])[: num_steps - first_step]
+    found = stacks(split, first_step=first_step, num_steps=num_steps, steps_per_stack=7, **options)
+    # The last stack is padded.
+    return np.concatenate(found)[: num_steps - first_step]
 
 
 def test_digits_are_the_real_ones_each_in_one_split(data_dir, train):
@@ -49,7 +58,7 @@ def test_digits_are_the_real_ones_each_in_one_split(data_dir, train):
     found = {
         (image.tobytes(), int(label))
         for split in (train, test)
-        for image, label in zip(split.images, split.labels, strict=True)
+        for image, label in zip(split.in_memory.image, split.in_memory.label, strict=True)
     }
     digits = load_digits()
     stored = np.round(digits.images * (255 / 16)).astype(np.uint8)
@@ -60,7 +69,7 @@ def test_digits_are_the_real_ones_each_in_one_split(data_dir, train):
 def test_slices_of_splits(data_dir, train):
     part = load_split("digits", "train[10%:20%]", data_dir=data_dir)
     assert len(part) == 143
-    assert (part.images == train.images[144:287]).all()
+    assert (part.in_memory.image == train.in_memory.image[144:287]).all()
 
 
 def test_every_epoch_sees_every_example_once_in_an_order_of_its_own(train):
@@ -72,7 +81,7 @@ def test_every_epoch_sees_every_example_once_in_an_order_of_its_own(train):
 @pytest.mark.parametrize("classes", [1, 2, 5])
 def test_batches_of_few_classes(train, classes):
     order = indices(train, batch_size=20, classes_per_batch=classes, num_steps=60)
-    seen = [len(set(train.labels[batch])) for batch in order]
+    seen = [len(set(train.in_memory.label[batch])) for batch in order]
     assert max(seen) == classes
     # An epoch has some 65 such batches; no example comes twice in it.
     assert len(set(order.flat)) == order.size
@@ -83,16 +92,16 @@ def test_batches_of_few_classes(train, classes):
 
 def test_batches_of_few_classes_need_enough_examples(data_dir, train):
     with pytest.raises(UserError, match="needs 300 examples of a class"):
-        blocks(train, batch_size=300, classes_per_batch=1, num_steps=1)
+        stacks(train, batch_size=300, classes_per_batch=1, num_steps=1)
 
 
 def test_a_split_on_disk_has_batches_of_few_classes_too(data_dir, train):
     on_disk = load_split("digits", "train", data_dir=data_dir, max_bytes_in_memory=0)
-    assert (on_disk.read_labels() == train.labels).all()
-    options = {"classes_per_batch": 2, "num_steps": 4, "first_step": 0, "steps_per_block": 4}
-    decoded, looked_up = (blocks(split, **options) for split in (on_disk, train))
-    assert (decoded[0]["label"] == train.labels[looked_up[0]["index"]]).all()
-    assert {len(set(labels)) for labels in decoded[0]["label"]} <= {1, 2}
+    assert (on_disk.read_labels() == train.in_memory.label).all()
+    options = {"classes_per_batch": 2, "num_steps": 4, "first_step": 0, "steps_per_stack": 4}
+    decoded, looked_up = (stacks(split, **options) for split in (on_disk, train))
+    assert (decoded[0].label == train.in_memory.label[looked_up[0]]).all()
+    assert {len(set(labels)) for labels in decoded[0].label} <= {1, 2}
 
 
 def test_order_depends_on_seed_and_resumes_at_any_step(train):
@@ -112,16 +121,15 @@ def test_hosts_divide_each_global_batch_between_them(train, hosts):
 
 def test_a_split_on_disk_gives_the_same_batches_as_one_in_memory(data_dir, train):
     on_disk = load_split("digits", "train", data_dir=data_dir, max_bytes_in_memory=0)
-    assert on_disk.images is None
-    options = {"seed": 3, "batch_size": 4, "first_step": 2, "num_steps": 7, "steps_per_block": 2}
-    data = {"image": train.images, "label": train.labels}
-    decoded, looked_up = (blocks(s, **options) for s in (on_disk, train))
-    assert [len(block["label"]) for block in decoded] == [2, 2, 1]
+    assert on_disk.in_memory is None
+    options = {"seed": 3, "batch_size": 4, "first_step": 2, "num_steps": 7, "steps_per_stack": 2}
+    decoded, looked_up = (stacks(s, **options) for s in (on_disk, train))
+    assert [len(stack.label) for stack in decoded] == [2, 2, 1]
     for a, b in zip(decoded, looked_up, strict=True):
-        b = take(data, b)
-        steps = len(a["label"])
-        assert (a["image"] == b["image"][:steps]).all()
-        assert (a["label"] == b["label"][:steps]).all()
+        b = look_up(train.in_memory, b)
+        steps = len(a.label)
+        assert (a.image == b.image[:steps]).all()
+        assert (a.label == b.label[:steps]).all()
     assert np.allclose(pixel_statistics(on_disk), pixel_statistics(train), atol=0)
 
 
@@ -174,7 +182,7 @@ def pictures(tmp_path_factory):
 
 def boxes(batch):
     """Returns left, right, upper and lower of what was cropped, in pixels, about."""
-    image = batch["image"].astype(float) / 3
+    image = batch.image.astype(float) / 3
     ends = (image[..., 8, 0, 0], image[..., 8, -1, 0], image[..., 0, 8, 1], image[..., -1, 8, 1])
     return np.stack(ends, -1)
 
@@ -183,14 +191,14 @@ def test_random_resized_crops_are_drawn_by_seed_step_and_position(pictures):
     split = load_split(
         "pictures", "train", data_dir=pictures, image_size=16, random_resized_crop=True
     )
-    assert split.images is None
+    assert split.in_memory is None
     assert split.image_shape == (16, 16, 3)
-    options = {"batch_size": 20, "num_steps": 20, "first_step": 0, "steps_per_block": 4}
-    runs = [blocks(split, **options) for _ in range(2)]
-    for block, again in zip(*runs, strict=True):
-        assert (block["image"] == again["image"]).all()
-    drawn = np.concatenate([boxes(block) for block in runs[0]]).reshape(-1, 4)
-    which = np.concatenate([block["image"][..., 8, 8, 2] for block in runs[0]]).reshape(-1)
+    options = {"batch_size": 20, "num_steps": 20, "first_step": 0, "steps_per_stack": 4}
+    runs = [stacks(split, **options) for _ in range(2)]
+    for stack, again in zip(*runs, strict=True):
+        assert (stack.image == again.image).all()
+    drawn = np.concatenate([boxes(stack) for stack in runs[0]]).reshape(-1, 4)
+    which = np.concatenate([stack.image[..., 8, 8, 2] for stack in runs[0]]).reshape(-1)
     left, right, upper, lower = drawn.T
     area = (right - left) * (lower - upper) / ((30.0 + which) * (69.0 - which))
     # 8 to 100 % of the image, from pixel centre to pixel centre of what it was resized to.
@@ -198,42 +206,42 @@ def test_random_resized_crops_are_drawn_by_seed_step_and_position(pictures):
     assert 0.7 < area.max() < 1.0
     # Each image comes ten times, never cropped alike.
     assert len(np.unique(drawn.round(2), axis=0)) > 390
-    later = blocks(split, **{**options, "first_step": 12})
-    assert (later[0]["image"] == runs[0][3]["image"]).all()
-    hosts = [blocks(split, **options, process_index=i, process_count=2) for i in range(2)]
-    whole = np.concatenate([host[0]["image"] for host in hosts], axis=1)
-    assert (whole == runs[0][0]["image"]).all()
+    later = stacks(split, **{**options, "first_step": 12})
+    assert (later[0].image == runs[0][3].image).all()
+    hosts = [stacks(split, **options, process_index=i, process_count=2) for i in range(2)]
+    whole = np.concatenate([host[0].image for host in hosts], axis=1)
+    assert (whole == runs[0][0].image).all()
 
 
 def test_worker_processes_decode_the_same(pictures):
     split = load_split(
         "pictures", "train", data_dir=pictures, image_size=16, random_resized_crop=True
     )
-    options = {"batch_size": 4, "num_steps": 6, "first_step": 1, "steps_per_block": 2}
-    plain, by_workers = (blocks(split, **options, num_workers=n) for n in (0, 2))
-    assert [len(block["label"]) for block in by_workers] == [2, 2, 1]
+    options = {"batch_size": 4, "num_steps": 6, "first_step": 1, "steps_per_stack": 2}
+    plain, by_workers = (stacks(split, **options, num_workers=n) for n in (0, 2))
+    assert [len(stack.label) for stack in by_workers] == [2, 2, 1]
     for a, b in zip(plain, by_workers, strict=True):
-        assert (a["image"] == b["image"]).all()
-        assert (a["label"] == b["label"]).all()
+        assert (a.image == b.image).all()
+        assert (a.label == b.label).all()
 
 
 def test_evaluation_sees_the_centre(pictures):
     split = load_split(
         "pictures", "train", data_dir=pictures, image_size=16, random_resized_crop=True
     )
-    batch = next(evaluation_batches(split, 40))
-    which = batch["image"][:, 8, 8, 2].astype(float)
+    batch = next(evaluation_batches(split, 40)).examples
+    which = batch.image[:, 8, 8, 2].astype(float)
     sides = np.minimum(30 + which, 69 - which) * 7 / 8
-    seeded = next(evaluation_batches(split, 40, crop_seed=0))
-    assert (seeded["label"] == batch["label"]).all()
-    assert (seeded["image"] != batch["image"]).any()
+    seeded = next(evaluation_batches(split, 40, crop_seed=0)).examples
+    assert (seeded.label == batch.label).all()
+    assert (seeded.image != batch.image).any()
     left, right, upper, lower = boxes(batch).T
     # Half a pixel of the result is side / 32 pixels of the image, on each side.
     np.testing.assert_allclose(right - left, sides * 15 / 16, atol=0.7)
     np.testing.assert_allclose(lower - upper, sides * 15 / 16, atol=0.7)
     np.testing.assert_allclose((left + right + 1) / 2, (30 + which) / 2, atol=0.7)
     squashed = load_split("pictures", "train", data_dir=pictures, image_size=16)
-    assert squashed.images.shape == (40, 16, 16, 3)
+    assert squashed.in_memory.image.shape == (40, 16, 16, 3)
 
 
 def test_the_table_of_standard_sets_has_fields_of_the_config():
@@ -247,14 +255,14 @@ def test_the_table_of_standard_sets_has_fields_of_the_config():
 
 def test_evaluation_counts_every_example_once(train):
     batches = list(evaluation_batches(train, 100))
-    assert {len(batch["mask"]) for batch in batches} == {100}
-    counted = np.concatenate([batch["index"][batch["mask"]] for batch in batches])
+    assert {len(batch.mask) for batch in batches} == {100}
+    counted = np.concatenate([batch.examples[batch.mask] for batch in batches])
     assert counted.tolist() == list(range(1437))
 
 
 def test_evaluation_on_a_few_is_on_some_of_everywhere(train):
     batches = list(evaluation_batches(train, 100, num_examples=250))
-    counted = np.concatenate([batch["index"][batch["mask"]] for batch in batches])
+    counted = np.concatenate([batch.examples[batch.mask] for batch in batches])
     assert (np.diff(counted) < 0).any()  # In no order.
     counted = np.sort(counted)
     assert (len(counted), counted[0], counted[-1]) == (250, 0, 1436)
@@ -263,11 +271,11 @@ def test_evaluation_on_a_few_is_on_some_of_everywhere(train):
 
 def test_images_are_resized_on_request(data_dir, train):
     large = load_split("digits", "test[:5]", data_dir=data_dir, image_size=16)
-    assert large.images.shape == (5, 16, 16, 1)
+    assert large.in_memory.image.shape == (5, 16, 16, 1)
 
 
 def test_standardized_pixels_have_mean_0_and_variance_1(train):
-    images = standardize(jnp.asarray(train.images), *pixel_statistics(train))
+    images = standardize(jnp.asarray(train.in_memory.image), *pixel_statistics(train))
     # Float32 sums over 92,000 pixels.
     assert abs(float(images.mean())) < 1e-4
     assert abs(float(images.std()) - 1) < 1e-4
@@ -289,7 +297,7 @@ def test_augmentation_shifts_and_mirrors():
 
 
 def test_augmentation_depends_on_step_and_position_alone(train):
-    images = standardize(jnp.asarray(train.images[:8]), *pixel_statistics(train))
+    images = standardize(jnp.asarray(train.in_memory.image[:8]), *pixel_statistics(train))
     key = jax.random.key(5)
 
     def augmented(positions, step=3):
@@ -382,7 +390,7 @@ def test_examples_that_are_not_what_their_set_declares(
         pixel_statistics(split)
     for workers in (0, 1) if name == "tall" else (0,):  # A process takes seconds to start.
         with pytest.raises(UserError, match=message):
-            blocks(split, first_step=0, num_steps=2, steps_per_block=1, num_workers=workers)
+            stacks(split, first_step=0, num_steps=2, steps_per_stack=1, num_workers=workers)
     if label < 0:
         with pytest.raises(UserError, match=message):
             split.read_labels()
@@ -405,11 +413,13 @@ def test_pixels_of_float32_are_kept_and_must_be_finite(tmp_path, monkeypatch):
     options = {"labels": [0, 1, 2, 3], "shape": (8, 8, 1), "dtype": np.float32}
     folder = prepare(tmp_path, "floats", [png(x) for x in found], **options)
     split = load_split("floats", "train", data_dir=folder)
-    assert split.images.dtype == np.float32
-    assert (np.sort(split.images.ravel()) == found.ravel()).all()
-    images = standardize(jnp.asarray(split.images), *pixel_statistics(split))
+    assert split.in_memory.image.dtype == np.float32
+    assert (np.sort(split.in_memory.image.ravel()) == found.ravel()).all()
+    images = standardize(jnp.asarray(split.in_memory.image), *pixel_statistics(split))
     assert abs(float(images.std()) - 1) < 1e-5
-    assert load_split("floats", "train", data_dir=folder, max_bytes_in_memory=1023).images is None
+    assert (
+        load_split("floats", "train", data_dir=folder, max_bytes_in_memory=1023).in_memory is None
+    )
 
     found[2, 3, 4, 0] = np.nan
     folder = prepare(tmp_path, "holes", [png(x) for x in found], **options)

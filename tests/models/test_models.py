@@ -11,7 +11,12 @@ import pytest
 from mbn_jax import MemorizedBatchNorm
 from mbn_jax.models import MODELS, build_model
 from mbn_jax.training.config import default_config
+from mbn_jax.training.hparams import HParams
 from mbn_jax.training.norms import LAYERS, NORMS, build_norm
+
+
+def norm_of(config):
+    return build_norm(config, HParams.from_config(config), 1, 100)
 
 
 def variables_of(model, size, channels=3):
@@ -59,7 +64,7 @@ def test_every_network_takes_every_norm(name, norm):
     config.model.name, config.norm.name, config.norm.sync = name, norm, "local"
     config.model.dtype = "bfloat16"
     config.model.zero_init_last_scale = True
-    model = build_model(config, num_classes=7, norm=build_norm(config, 1, 100))
+    model = build_model(config, num_classes=7, norm=norm_of(config))
     variables = variables_of(model, 32)
     seen = []
 
@@ -80,7 +85,7 @@ def test_every_network_takes_every_norm(name, norm):
     assert {d for d in kept if jnp.issubdtype(d, jnp.inexact)} == {jnp.dtype("float32")}
     # No network knows its norm: as many layers, whichever it is.
     config.norm.name = "none"
-    plain = build_model(config, num_classes=7, norm=build_norm(config, 1, 100))
+    plain = build_model(config, num_classes=7, norm=norm_of(config))
     count = len(jax.tree.leaves(variables_of(plain, 32)["params"]))
     assert count == len(jax.tree.leaves(variables["params"]))
 

@@ -143,7 +143,7 @@ def restored(programs, config, workdir):
     """Returns the newest checkpoint as on the devices of `programs`."""
     checkpoints = Checkpoints(workdir / CHECKPOINTS)
     state = checkpoints.restore(
-        programs.get(config).initial_state(config),
+        programs.get(config).init_state(config),
         local_statistics=config.norm.sync != "sync",
         devices=programs.devices,
     )

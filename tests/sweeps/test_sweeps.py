@@ -23,10 +23,10 @@ from mbn_jax.sweeps import runner as runner_module
 from mbn_jax.sweeps import storage as store
 from mbn_jax.sweeps.command import load_sweep, open_sweep, run_sweep
 from mbn_jax.sweeps.declaration import Member
-from mbn_jax.training.lock import only_one
 from mbn_jax.sweeps.results import AXIS, RUN, VALUE, read_results, tidy
 from mbn_jax.sweeps.summary import summarize
 from mbn_jax.training.config_files import parse_config
+from mbn_jax.training.lock import only_one
 from mbn_jax.training.loop import train
 from mbn_jax.training.program import Programs
 from mbn_jax.training.reporting import read_metrics

@@ -17,18 +17,20 @@ from mbn_jax.core.batch_stats import pool_batch_stats
 from mbn_jax.errors import UserError
 from mbn_jax.parallel.devices import replicate
 from mbn_jax.training import program as program_module
-from mbn_jax.training import task as experiment_module
+from mbn_jax.training import steps as steps_module
 from mbn_jax.training.checkpoints import Checkpoints
-from mbn_jax.training.config import default_config, traced_values
+from mbn_jax.training.config import default_config
 from mbn_jax.training.config_files import with_fields
 from mbn_jax.training.divergence import DivergenceError
 from mbn_jax.training.evaluation import evaluate_run
+from mbn_jax.training.hparams import HParams
 from mbn_jax.training.loop import run_title
 from mbn_jax.training.loop import train as train_anew
-from mbn_jax.training.norms import build_norm
+from mbn_jax.training.passes import evaluate, input_moments
 from mbn_jax.training.program import Programs
 from mbn_jax.training.reporting import read_metrics
-from mbn_jax.training.task import Experiment
+from mbn_jax.training.steps import BatchStack, build_train_step
+from mbn_jax.training.task import Task
 from mbn_jax.training.workdir import CHECKPOINTS
 
 TIMES = {"images_per_second"}
@@ -63,7 +65,7 @@ def final_state(config, workdir):
     checkpoints = Checkpoints(pathlib.Path(workdir) / CHECKPOINTS)
     program = PROGRAMS.get(config)
     state = checkpoints.restore(
-        program.initial_state(config), local_statistics=program.experiment.local_statistics
+        program.init_state(config), local_statistics=program.task.local_statistics
     )
     checkpoints.close()
     return jax.device_get(state.replace(key=jax.random.key_data(state.key)))
@@ -100,7 +102,7 @@ def test_a_run_learns_and_leaves_all_that_it_promises(config, tmp_path):
     evaluated = [r["step"] for r in records(tmp_path) if "test_error" in r]
     assert evaluated == list(range(20, 161, 20))
     events = b"".join(f.read_bytes() for f in tmp_path.glob("events.out.tfevents.*"))
-    for tag in (b"train_loss", b"test_error", b"memory_distance/MemorizedBatchNorm_0"):
+    for tag in (b"train_loss", b"test_error"):
         assert tag in events
     assert evaluate_run(tmp_path) == {
         "step": 160,
@@ -114,12 +116,12 @@ def test_evaluation_is_exact(config, tmp_path):
     config.num_epochs = 0.5
     config.eval_batch_size = 24
     train(config, tmp_path)
-    experiment = Experiment.build(config)
+    task = Task.build(config)
     state = jax.tree.map(lambda x: x[0], final_state(config, tmp_path))
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    images = experiment.images({"image": jnp.asarray(experiment.test.images)})
-    logits = experiment.model(traced_values(config)).apply(variables, images, train=False)
-    wrong = int((logits.argmax(-1) != experiment.test.labels).sum())
+    images = task.standardized(jnp.asarray(task.test.in_memory.image))
+    logits = task.model(HParams.from_config(config)).apply(variables, images, train=False)
+    wrong = int((logits.argmax(-1) != task.test.in_memory.label).sum())
     assert evaluate_run(tmp_path)["error"] == wrong / 100
 
 
@@ -263,31 +265,25 @@ def test_a_workdir_of_another_config_is_refused(config, tmp_path):
 def test_bfloat16_computes_in_it_and_keeps_float32_state(config):
     config.model.dtype = "bfloat16"
     program = Programs().get(config)
-    state = program.initial_state(config)
+    state = program.init_state(config)
     kept = jax.tree.leaves((state.params, state.batch_stats))
     assert {x.dtype for x in kept} == {jnp.dtype("float32")}
-    block = replicate({"index": np.zeros((4, 2), np.int32), "first_step": np.int32(0)})
-    data = program.data(program.experiment.train)
-    args = (replicate(state), replicate(traced_values(config)), data, block)
-    assert "bf16" in program.dispatch(1).lower(*args).as_text()
-    new = jax.eval_shape(program.dispatch(1), *args)[0]
+    stack = replicate(BatchStack(np.int32(0), np.zeros((4, 2), np.int32)))
+    args = (replicate(state), program.hparams(config), program.data(program.task.train), stack)
+    assert "bf16" in program.train_steps(1).lower(*args).as_text()
+    new = jax.eval_shape(program.train_steps(1), *args)[0]
     kept = jax.tree.leaves((new.params, new.batch_stats))
     assert {x.dtype for x in kept} == {jnp.dtype("float32")}
 
 
-def test_fields_of_the_second_forward_reach_the_step_and_the_layers(config, monkeypatch):
-    fields = {
-        "double_forward": "transport",
-        "double_forward_fraction": 0.5,
-        "double_forward_every": 3,
-    }
-    config.update_from_flattened_dict({**fields, "norm.transport_scale": False})
+def test_fields_of_the_second_forward_reach_the_step(config, monkeypatch):
+    fields = {"double_forward": "transport", "double_forward_fraction": 0.5}
+    config.update_from_flattened_dict(fields)
     found = {}
-    monkeypatch.setattr(experiment_module, "make_train_step", lambda *_, **kw: found.update(kw))
-    experiment_module.Experiment.build(config).step(traced_values(config))
+    monkeypatch.setattr(steps_module, "make_train_step", lambda *_, **kw: found.update(kw))
+    build_train_step(Task.build(config), HParams.from_config(config))
     assert found.items() >= fields.items()
-    assert not build_norm(config, 8, 10)(use_running_average=True).transport_scale
-    assert "transport of 0.5 of the batch every 3 steps" in run_title(config)
+    assert "transport of 0.5 of the batch" in run_title(config)
 
 
 def test_programs_are_dropped_before_memory_maps_run_out(config, monkeypatch):
@@ -304,11 +300,10 @@ def test_programs_are_dropped_before_memory_maps_run_out(config, monkeypatch):
 TWO_DEVICES = Programs(jax.devices()[:2])
 MEMORIES = {
     "transport": {"double_forward": "transport", "norm.virtual_batch_size": 8},
-    "averaged": {
+    "endless": {
         "double_forward": "transport",
         "double_forward_fraction": 0.5,
-        "double_forward_every": 2,
-        "norm.name": "averaged",
+        "norm.memory_size": 0,
         "norm.sync": "local",
     },
     "growing": {"norm.memory_schedule.start_size": 4, "norm.memory_schedule.end": 0.5},
@@ -334,8 +329,8 @@ def test_whatever_memory_there_is_is_saved_evaluated_and_recalibrated(
         checkpoints = Checkpoints(tmp_path / name / CHECKPOINTS)
         program = TWO_DEVICES.get(config)
         state = checkpoints.restore(
-            program.initial_state(config),
-            local_statistics=program.experiment.local_statistics,
+            program.init_state(config),
+            local_statistics=program.task.local_statistics,
             devices=TWO_DEVICES.devices,
         )
         checkpoints.close()
@@ -377,12 +372,12 @@ def test_virtual_batches_of_each_device_start_from_the_pool_on_fewer_devices(con
         program = Programs(devices).get(config)
         checkpoints = Checkpoints(tmp_path / CHECKPOINTS)
         state = checkpoints.restore(
-            program.initial_state(config), local_statistics=True, devices=devices
+            program.init_state(config), local_statistics=True, devices=devices
         )
         checkpoints.close()
         counts = state.batch_stats["VirtualBatches_0"]["count"]
         assert counts.shape[:2] == (count, 8 // count)
-        ends.append(program.evaluate(config, state))
+        ends.append(evaluate(program, config, state))
     # All groups pooled, in one step or in two; float32.
     assert ends[0]["error"] == ends[1]["error"]
     assert ends[0]["loss"] == pytest.approx(ends[1]["loss"], rel=1e-5)
@@ -405,10 +400,10 @@ def test_recalibration_is_by_the_moments_of_the_training_images(config, tmp_path
     train(config, tmp_path)
     program = PROGRAMS.get(config)
     state = jax.tree.map(lambda x: x[0], final_state(config, tmp_path))
-    moments = program.norm_inputs(
-        config, replicate(state.params), replicate(state.batch_stats), 0, recalibrate=True
+    moments = input_moments(
+        program, config, replicate(state.params), replicate(state.batch_stats), 0, recalibrate=True
     )
-    images = program.experiment.images({"image": jnp.asarray(program.experiment.train.images)})
+    images = program.task.standardized(jnp.asarray(program.task.train.in_memory.image))
     inputs = jax.lax.conv_general_dilated(
         images,
         state.params["Conv_0"]["kernel"],
@@ -437,10 +432,44 @@ def test_a_held_out_tenth_is_not_trained_on(config, tmp_path):
     config.dataset.train_split = "train"
     config.dataset.validation = True
     config.num_epochs = 0.1
-    experiment = Experiment.build(config)
-    assert (len(experiment.train), len(experiment.test)) == (1293, 144)
+    task = Task.build(config)
+    assert (len(task.train), len(task.test)) == (1293, 144)
     train(config, tmp_path)
     assert evaluate_run(tmp_path)["split"] == "train[90%:]"
+
+
+@pytest.mark.parametrize(
+    ("train_split", "test_split", "validation", "refused"),
+    [
+        ("train", "test", False, None),
+        ("train", "test", True, None),
+        ("test", "train", True, None),
+        ("train[:50%]+test[:50%]", "train[50%:]+test[50%:]", False, None),
+        ("train[-300:]", "train[:-300]", False, None),
+        ("train+test[:50%]", "test[50%:]", False, None),
+        ("train+test", "test", True, "validation divides a whole split, got .*'train.test'"),
+        ("train + test", "test", True, "validation divides a whole split"),
+        ("all", "test", True, "validation divides a whole split, got .*'all'"),
+        ("train[:50%]", "test", True, "validation divides a whole split"),
+        ("train+test", "test", False, "must be apart, and share 360 examples"),
+        ("all", "test[:10%]", False, "must be apart, and share 36 examples"),
+        ("train", "train[90%:]", False, "must be apart, and share 144 examples"),
+        ("train[:51%]", "train[50%:]", False, "must be apart, and share 1[45] examples"),
+    ],
+)
+def test_training_and_evaluation_share_no_example(
+    config, train_split, test_split, validation, refused
+):
+    config.dataset.update(train_split=train_split, test_split=test_split, validation=validation)
+    if refused:
+        with pytest.raises(UserError, match=refused):
+            Task.build(config)
+        return
+    task = Task.build(config)
+    # Examples are told apart by their pixels: all 1,797 digits differ.
+    digits = [{image.tobytes() for image in x.in_memory.image} for x in (task.train, task.test)]
+    assert [len(found) for found in digits] == [len(task.train), len(task.test)]
+    assert not digits[0] & digits[1]
 
 
 def test_random_crops_on_the_host_train_alike_by_threads_and_by_processes(config, tmp_path):

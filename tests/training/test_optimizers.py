@@ -6,6 +6,7 @@ import optax
 import pytest
 
 from mbn_jax.training.config import default_config
+from mbn_jax.training.hparams import HParams
 from mbn_jax.training.optimizers import build_optimizer, build_schedule
 
 
@@ -18,7 +19,8 @@ def config():
 
 
 def rates(config, total_steps=100):
-    schedule = build_schedule(config, steps_per_epoch=10, total_steps=total_steps)
+    hparams = HParams.from_config(config)
+    schedule = build_schedule(config, hparams, steps_per_epoch=10, total_steps=total_steps)
     return np.array([float(schedule(step)) for step in range(total_steps + 1)])
 
 
@@ -45,7 +47,7 @@ def test_steps_fall_where_told(config, warmup):
 
 def updates(config, gradient=1.0):
     params = {"conv": {"kernel": jnp.full(2, 2.0)}, "norm": {"scale": jnp.full(2, 2.0)}}
-    tx = build_optimizer(config, optax.constant_schedule(0.1))
+    tx = build_optimizer(config, HParams.from_config(config), optax.constant_schedule(0.1))
     grads = {"conv": {"kernel": jnp.full(2, gradient)}, "norm": {"scale": jnp.full(2, gradient)}}
     new, _ = tx.update(grads, tx.init(params), params)
     return float(new["conv"]["kernel"][0]), float(new["norm"]["scale"][0])

@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 
 from mbn_jax.parallel.devices import replicate
-from mbn_jax.training.config import default_config, traced_values
+from mbn_jax.training.config import default_config
 from mbn_jax.training.loop import train
+from mbn_jax.training.passes import batch_stacks
 from mbn_jax.training.program import Programs
 from mbn_jax.training.reporting import read_metrics
+from mbn_jax.training.shift import measure_shift
 
 
 @pytest.fixture
@@ -32,15 +34,15 @@ def moments(x):
 
 
 def after_steps(config, devices, steps):
-    """Returns the program, the state after some steps, and the block with the next."""
+    """Returns the program, the state after some steps, and the stack with the next batch."""
     program = Programs(devices).get(config)
-    block, _ = next(program.blocks(config, 0))
-    state = replicate(program.initial_state(config), devices)
-    values = replicate(traced_values(config), devices)
-    data = program.data(program.experiment.train)
+    stack, _ = next(batch_stacks(program, config, 0))
+    state = replicate(program.init_state(config), devices)
+    hparams = program.hparams(config)
+    data = program.data(program.task.train)
     for _ in range(steps):
-        state, _ = program.dispatch(1)(state, values, data, block)
-    return program, state, values, data, block
+        state, _ = program.train_steps(1)(state, hparams, data, stack)
+    return program, state, hparams, data, stack
 
 
 @pytest.mark.parametrize("count", [1, 8])
@@ -48,11 +50,11 @@ def after_steps(config, devices, steps):
 def test_shift_of_the_first_layer_by_hand(config, count, norm):
     config.norm.name = norm
     devices = jax.devices()[:count]
-    program, state, values, data, block = after_steps(config, devices, 3)
-    measured = program.shift.measure(config, state, block)
-    experiment = program.experiment
-    images = experiment.images({"image": jnp.asarray(experiment.train.images)})
-    batch = images[experiment.order(config).steps(3, 4)[0]]
+    program, state, hparams, data, stack = after_steps(config, devices, 3)
+    measured = measure_shift(program, config, state, stack)
+    task = program.task
+    images = task.standardized(jnp.asarray(task.train.in_memory.image))
+    batch = images[task.order(config.seed).steps(3, 4)[0]]
 
     def first_inputs(kernel):
         return jax.lax.conv_general_dilated(
@@ -61,7 +63,7 @@ def test_shift_of_the_first_layer_by_hand(config, count, norm):
 
     # Copied: the next step is given their buffers.
     before = jax.device_get(state)
-    state, _ = program.dispatch(1)(state, values, data, block)
+    state, _ = program.train_steps(1)(state, hparams, data, stack)
     m, v = moments(first_inputs(before.params["Conv_0"]["kernel"][0]))
     m_after, v_after = moments(first_inputs(state.params["Conv_0"]["kernel"][0]))
     layer = "MemorizedBatchNorm_0" if norm == "memorized" else "BatchNorm_0"
@@ -86,15 +88,15 @@ def test_shift_of_a_deep_layer_is_that_of_the_second_forward(config, mode):
     config.double_forward = mode
     config.optimizer.learning_rate = 0.5
     devices = jax.devices()[:1]
-    program, state, values, data, block = after_steps(config, devices, 3)
-    measured = program.shift.measure(config, state, block)
+    program, state, hparams, data, stack = after_steps(config, devices, 3)
+    measured = measure_shift(program, config, state, stack)
     before = jax.device_get(state)
-    state, _ = program.dispatch(1)(state, values, data, block)
+    state, _ = program.train_steps(1)(state, hparams, data, stack)
     # Its statistics after the update are those that the step itself pushed.
     layer = "MemorizedBatchNorm_1"
     old, new = (jax.tree.map(lambda x: x[0], s.batch_stats[layer]) for s in (before, state))
     config.double_forward = "off"  # What the first forward pushes.
-    first, _ = Programs(devices).get(config).dispatch(1)(before, values, data, block)
+    first, _ = Programs(devices).get(config).train_steps(1)(before, hparams, data, stack)
     first = jax.tree.map(lambda x: x[0], first.batch_stats[layer])
     var = old["var"][:3].mean(0) + old["mean"][:3].var(0) + 1e-5
     moved = np.sqrt((np.square(new["mean"][0] - first["mean"][0]) / var).mean())
@@ -107,21 +109,21 @@ def test_a_memory_of_the_whole_population_is_without_error(config, count):
     config.optimizer.learning_rate = 1e-30  # The parameters stay.
     config.norm.memory_size = 10  # Ten batches of 16 are all 160 images.
     program, state, *_ = after_steps(config, jax.devices()[:count], 10)
-    measured = program.shift.measure(config, state, None)
+    measured = measure_shift(program, config, state, None)
     # Float32 statistics; the first layer alone does not depend on other layers' statistics.
     assert measured["error_mean/MemorizedBatchNorm_0"] < 1e-5
     assert measured["error_log_variance/MemorizedBatchNorm_0"] < 1e-5
     assert not [name for name in measured if name.startswith("shift")]
     config.norm.memory_size = 3
     program, state, *_ = after_steps(config, jax.devices()[:count], 10)
-    partial = program.shift.measure(config, state, None)
-    images = program.experiment.images({"image": jnp.asarray(program.experiment.train.images)})
+    partial = measure_shift(program, config, state, None)
+    images = program.task.standardized(jnp.asarray(program.task.train.in_memory.image))
     kernel = state.params["Conv_0"]["kernel"][0]
     inputs = jax.lax.conv_general_dilated(
         images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     mean, var = moments(inputs)
-    seen = program.experiment.order(config).steps(7, 10).reshape(-1)
+    seen = program.task.order(config.seed).steps(7, 10).reshape(-1)
     pooled_mean, pooled_var = moments(np.asarray(inputs)[seen])
     error = np.sqrt(((pooled_mean - mean) ** 2 / (var + 1e-5)).mean())
     log_error = np.sqrt((np.log((pooled_var + 1e-5) / (var + 1e-5)) ** 2).mean())

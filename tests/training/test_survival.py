@@ -26,7 +26,7 @@ from mbn_jax.step.state import TrainState
 from mbn_jax.sweeps import storage as store
 from mbn_jax.sweeps.declaration import Member
 from mbn_jax.sweeps.results import read_results, write_results
-from mbn_jax.training import divergence
+from mbn_jax.training import divergence, steps
 from mbn_jax.training.checkpoints import Checkpoints
 from mbn_jax.training.config import default_config, program_key
 from mbn_jax.training.config_files import with_fields
@@ -35,7 +35,6 @@ from mbn_jax.training.evaluation import evaluate_run
 from mbn_jax.training.loop import train as train_anew
 from mbn_jax.training.program import Programs
 from mbn_jax.training.reporting import read_metrics
-from mbn_jax.training.task import Experiment
 from mbn_jax.training.workdir import CHECKPOINTS
 
 ONE_DEVICE = Programs(jax.devices()[:1])
@@ -81,7 +80,7 @@ def final_state(config, workdir):
     program = ONE_DEVICE.get(config)
     checkpoints = Checkpoints(workdir / CHECKPOINTS)
     state = checkpoints.restore(
-        program.initial_state(config), local_statistics=False, devices=ONE_DEVICE.devices
+        program.init_state(config), local_statistics=False, devices=ONE_DEVICE.devices
     )
     checkpoints.close()
     return jax.device_get(state.replace(key=jax.random.key_data(state.key)))
@@ -404,10 +403,10 @@ def test_the_layer_that_is_named_is_the_one_that_was_bad(config, tmp_path, monke
     """Parameters are made bad from step 12 on, at one place of the network."""
     place = {"MemorizedBatchNorm_1": "Conv_1", None: "Dense_0"}[bad]
     programs = Programs(jax.devices()[:1])
-    make = Experiment.step
+    make = steps.build_train_step
 
-    def spoiled(self, values):
-        step = make(self, values)
+    def spoiled(task, hparams):
+        step = make(task, hparams)
 
         def spoil(state, batch):
             state, metrics = step(state, batch)
@@ -418,7 +417,7 @@ def test_the_layer_that_is_named_is_the_one_that_was_bad(config, tmp_path, monke
 
         return spoil
 
-    monkeypatch.setattr(Experiment, "step", spoiled)
+    monkeypatch.setattr(steps, "build_train_step", spoiled)
     with pytest.raises(DivergenceError) as error:
         train(config, tmp_path, programs=programs)
     assert "The loss of step 13 is nan" in str(error.value)

@@ -75,7 +75,7 @@ def run(finished, tmp_path):
 
 def final_state(config, workdir, **options):
     checkpoints = Checkpoints(workdir / CHECKPOINTS)
-    fresh = ONE_DEVICE.get(config).initial_state(config)
+    fresh = ONE_DEVICE.get(config).init_state(config)
     state = checkpoints.restore(
         fresh, local_statistics=False, devices=ONE_DEVICE.devices, **options
     )

@@ -1,0 +1,153 @@
+"""Batches of a split for one host: training batches in their order, evaluation batches once.
+
+A split that is in memory is held by the devices, and its batches are indices; a split on disk is
+decoded and cropped here.
+"""
+
+import contextlib
+import dataclasses
+import os
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import grain
+import numpy as np
+from absl import flags
+
+from mbn_jax.datasets.order import BatchOrder
+from mbn_jax.datasets.split import Examples, Split
+
+STATISTICS_EXAMPLES = 10_000
+
+
+class EvalBatch(NamedTuple):
+    """A batch in which padding does not count.
+
+    Attributes:
+      examples: indices int32 `[batch]` for a split in memory, else `Examples`.
+      mask: bool `[batch]`, False for padding.
+    """
+
+    examples: Any
+    mask: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class HostBatches:
+    """One host's part of the training batches; it travels to worker processes.
+
+    Attributes:
+      split: training split.
+      order: order of its examples.
+      process_index: number of this host.
+      process_count: number of hosts.
+    """
+
+    split: Split
+    order: BatchOrder
+    process_index: int = 0
+    process_count: int = 1
+
+    def indices(self, first: int, last: int) -> np.ndarray:
+        """Returns the examples of steps `first` to `last` - 1, int32 `[steps, local batch]`."""
+        indices = self.order.steps(first, last)
+        local = indices.shape[1] // self.process_count
+        return indices[:, self.process_index * local :][:, :local]
+
+    def read(self, step: int) -> tuple[np.ndarray, np.ndarray]:
+        """Reads images and labels of a step; crops are functions of (seed, step, position)."""
+        indices = self.indices(step, step + 1)[0]
+        first = self.process_index * len(indices)
+        keys = [(self.order.seed, step, first + i) for i in range(len(indices))]
+        return tuple(self.split.read(indices, keys))
+
+
+def training_batches(
+    host: HostBatches,
+    *,
+    first_step: int,
+    num_steps: int,
+    steps_per_stack: int,
+    num_workers: int = 0,
+) -> Iterator[np.ndarray | Examples]:
+    """Yields this host's batches of steps `first_step` to `num_steps` - 1, several at a time.
+
+    Args:
+      host: this host's part of the batches.
+      first_step: 0, or the step at which a resumed run continues.
+      num_steps: steps of the whole run.
+      steps_per_stack: steps in each stack of batches.
+      num_workers: processes that decode a split on disk; 0: threads of this process.
+
+    Yields:
+      For a split in memory, indices int32 `[steps, local batch]`, the last stack padded with 0.
+      Else `Examples` `[steps, local batch, ...]`, the last stack with as many steps as are left.
+    """
+    starts = range(first_step, num_steps, steps_per_stack)
+    if host.split.in_memory is not None:
+        for step in starts:
+            indices = host.indices(step, min(step + steps_per_stack, num_steps))
+            yield np.pad(indices, ((0, steps_per_stack - len(indices)), (0, 0)))
+        return
+    # Reads few batches ahead, because they may be large.
+    threads = 1 if num_workers else os.cpu_count() or 1
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    batches = grain.MapDataset.range(first_step, num_steps).map(host.read).to_iter_dataset(options)
+    if num_workers:
+        if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which the program may not use.
+            flags.FLAGS.mark_as_parsed()
+        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+    with contextlib.closing(iter(batches)) as decoded:
+        for step in starts:
+            stack = [next(decoded) for _ in range(min(steps_per_stack, num_steps - step))]
+            yield Examples(*map(np.stack, zip(*stack, strict=True)))
+
+
+def evaluation_batches(
+    split: Split,
+    batch_size: int,
+    *,
+    num_examples: int = 0,
+    crop_seed: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> Iterator[EvalBatch]:
+    """Yields this host's part of every example once, the last batch padded.
+
+    Args:
+      split: split to read.
+      batch_size: examples in a global batch, a multiple of `process_count`.
+      num_examples: read only this many, evenly spaced, in random order, so that each batch is a
+        fair sample; 0: all, in the order in which they are stored.
+      crop_seed: seed of random crops, if the split has them; None: crop the centre.
+      process_index: number of this host.
+      process_count: number of hosts.
+
+    Yields:
+      Batches of `batch_size / process_count` examples.
+    """
+    local = batch_size // process_count
+    count = min(num_examples or len(split), len(split))
+    examples = np.linspace(0, len(split) - 1, count).round().astype(np.int32)
+    if num_examples:
+        examples = np.random.default_rng(0).permutation(examples)
+    for start in range(process_index * local, count + process_index * local, batch_size):
+        positions = np.arange(start, start + local)
+        indices = examples[np.minimum(positions, count - 1)]
+        keys = [(crop_seed, int(p)) for p in positions] if crop_seed is not None else []
+        in_memory = split.in_memory is not None
+        batch = indices if in_memory else split.read_in_threads(indices, keys)
+        yield EvalBatch(batch, positions < count)
+
+
+def pixel_statistics(split: Split) -> tuple[np.ndarray, np.ndarray]:
+    """Returns mean and standard deviation of each channel, float32 `[channels]`.
+
+    Computed over up to `STATISTICS_EXAMPLES` examples, evenly spaced.
+    """
+    count = min(len(split), STATISTICS_EXAMPLES)
+    images = split.read_in_threads(np.linspace(0, len(split) - 1, count).astype(int)).image
+    pixels = images.reshape(-1, images.shape[-1])
+    std = pixels.std(0, dtype=np.float64)
+    mean = pixels.mean(0, dtype=np.float64)
+    return mean.astype(np.float32), np.where(std > 0, std, 1).astype(np.float32)

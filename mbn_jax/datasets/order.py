@@ -1,0 +1,70 @@
+"""The order of the training examples: a function of the seed and the step alone.
+
+So a run is the same on one host or many, and a resumed run continues as if it had never stopped.
+"""
+
+import functools
+
+import numpy as np
+
+from mbn_jax.datasets.split import Split
+from mbn_jax.errors import UserError
+
+
+class BatchOrder:
+    """Says which examples are in the global batch of any step.
+
+    Each epoch shuffles the examples anew. Batches run across the end of an epoch, so none is short.
+    With `classes_per_batch`, the examples of each class are cut into chunks, and a batch consists
+    of that many chunks, drawn at random: it has examples of at most that many classes. Examples
+    that do not fill a chunk are left out of that epoch.
+    """
+
+    def __init__(self, split: Split, *, seed: int, batch_size: int, classes_per_batch: int = 0):
+        """Prepares the order; draws nothing yet.
+
+        Args:
+          split: training split.
+          seed: seed of the shuffles.
+          batch_size: examples in a global batch.
+          classes_per_batch: most classes in one batch; 0: no limit.
+
+        Raises:
+          UserError: if no class has enough examples for a chunk.
+        """
+        self.seed = seed
+        self._batch_size = batch_size
+        self._num_examples = len(split)
+        self._chunk = batch_size // classes_per_batch if classes_per_batch else 0
+        self._length = self._num_examples
+        if not classes_per_batch:
+            return
+        self._labels = split.read_labels()
+        chunks = (np.bincount(self._labels) // self._chunk).sum()
+        self._length = chunks // classes_per_batch * batch_size
+        if not self._length:
+            raise UserError(
+                f"dataset.classes_per_batch={classes_per_batch} needs {self._chunk} examples of "
+                f"a class, more than split {split.name!r} has; raise it or lower batch_size."
+            )
+
+    def steps(self, first: int, last: int) -> np.ndarray:
+        """Returns the examples of steps `first` to `last` - 1, int32 `[steps, batch]`."""
+        begin, end = first * self._batch_size, last * self._batch_size
+        epochs = range(begin // self._length, -(-end // self._length))
+        order = np.concatenate([self._epoch(epoch) for epoch in epochs])
+        begin -= epochs.start * self._length
+        return order[begin:][: (last - first) * self._batch_size].reshape(-1, self._batch_size)
+
+    @functools.lru_cache(maxsize=2)  # noqa: B019  # The order lives as long as the run.
+    def _epoch(self, epoch: int) -> np.ndarray:
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(self._num_examples).astype(np.int32)
+        if not self._chunk:
+            return order
+        chunks = []
+        for label in np.unique(self._labels):
+            examples = order[self._labels[order] == label]
+            whole = len(examples) // self._chunk * self._chunk
+            chunks.append(examples[:whole].reshape(-1, self._chunk))
+        return rng.permutation(np.concatenate(chunks)).reshape(-1)[: self._length]

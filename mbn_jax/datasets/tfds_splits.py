@@ -1,0 +1,241 @@
+"""Opens splits of TFDS image-classification data sets, without TensorFlow."""
+
+import dataclasses
+import difflib
+import functools
+import importlib
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from mbn_jax.datasets.data_dir import find_data_dir
+from mbn_jax.datasets.split import Split, StoredRange
+from mbn_jax.errors import UserError
+
+DTYPES = ("uint8", "float32")
+"""Image dtypes that TFDS decodes without OpenCV."""
+
+
+def load_split(
+    name: str,
+    split: str,
+    *,
+    data_dir: str | None = None,
+    image_size: int = 0,
+    random_resized_crop: bool = False,
+    max_bytes_in_memory: int = 4 << 30,
+) -> Split:
+    """Opens a split of any TFDS image-classification data set.
+
+    Args:
+      name: TFDS name; 'digits' belongs to this package and is prepared on first use.
+      split: TFDS split, slices included.
+      data_dir: folder in which TFDS keeps its data sets; default: that of TFDS.
+      image_size: height and width to resize images to; 0: as stored.
+      random_resized_crop: resize a part of each image, a random one in training and else the
+        centre. Such a split stays on disk.
+      max_bytes_in_memory: a split of more bytes stays on disk and is decoded as it is used.
+
+    Returns:
+      The split.
+
+    Raises:
+      UserError: for an unknown or unprepared data set or split, a data set that is not image
+        classification, images of varying size without `image_size`, or, if the split is held in
+        memory, examples that are damaged or not what the data set declares.
+    """
+    tfds, builder = _prepared_builder(name, find_data_dir(data_dir))
+    image_key, label_key = _supervised_keys(builder, name)
+    features = builder.info.features
+    try:
+        source = builder.as_data_source(split=split)
+        undecoded = {image_key: tfds.decode.SkipDecoding()}
+        encoded = builder.as_data_source(split=split, decoders=undecoded)
+        num_examples = len(source)  # TFDS refuses an empty slice.
+    except (ValueError, KeyError, AssertionError, NotImplementedError) as error:
+        raise UserError(
+            f"Data set {name!r} has no examples in split {split!r}; its splits are "
+            f"{sorted(builder.info.splits)}, and slices of these like 'train[:90%]'."
+        ) from error
+    num_classes = features[label_key].num_classes
+    checked = functools.partial(
+        _CheckedSource,
+        name=f"split {split!r} of data set {name!r}",
+        image_key=image_key,
+        label_key=label_key,
+        num_classes=num_classes,
+    )
+    loaded = Split(
+        name=split,
+        ranges=_stored_ranges(tfds, builder, split),
+        source=checked(source, image_shape=features[image_key].shape),
+        encoded=checked(encoded, image_shape=None),
+        image_shape=_image_shape(features[image_key].shape, image_size, name),
+        num_classes=num_classes,
+        random_resized_crop=random_resized_crop,
+    )
+    itemsize = np.dtype(features[image_key].np_dtype).itemsize
+    size = num_examples * np.prod(loaded.image_shape) * itemsize
+    if random_resized_crop or size > max_bytes_in_memory:
+        return loaded
+    return dataclasses.replace(loaded, in_memory=loaded.read_in_threads(np.arange(num_examples)))
+
+
+def _supervised_keys(builder: Any, name: str) -> tuple[str, str]:
+    """Returns the names of image and label; raises UserError if the data set has other ones."""
+    features = builder.info.features
+    keys = builder.info.supervised_keys
+    if (
+        not keys
+        or len(keys) != 2
+        or type(features[keys[0]]).__name__ != "Image"
+        or type(features[keys[1]]).__name__ != "ClassLabel"
+    ):
+        raise UserError(
+            f"Data set {name!r} is not an image-classification set: expected supervised keys "
+            f"(image, label), got {keys}."
+        )
+    dtype = np.dtype(features[keys[0]].np_dtype)
+    if dtype.name not in DTYPES:
+        raise UserError(
+            f"Data set {name!r} has images of {dtype}, expected one of "
+            f"{', '.join(DTYPES)}; convert them when it is prepared."
+        )
+    return keys
+
+
+def _image_shape(
+    declared: tuple[int | None, ...], image_size: int, name: str
+) -> tuple[int, int, int]:
+    """Returns the shape of images after resizing; raises UserError if it varies."""
+    height, width, channels = declared
+    if image_size:
+        height = width = image_size
+    if height is None or width is None or channels is None:
+        raise UserError(
+            f"Data set {name!r} has images of varying shape {(height, width, channels)}; set "
+            "dataset.image_size to resize them (the channels must be fixed)."
+        )
+    return height, width, channels
+
+
+def _stored_ranges(tfds: Any, builder: Any, split: str) -> tuple[StoredRange, ...]:
+    """Returns the stored examples that a TFDS split consists of."""
+    parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
+    return tuple(
+        StoredRange(
+            part.splitname,
+            part.from_ or 0,
+            builder.info.splits[part.splitname].num_examples if part.to is None else part.to,
+        )
+        for part in parts
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _CheckedSource:
+    """A TFDS source whose examples have 'image' and 'label', and are checked as they are read.
+
+    Checking them all in advance would be a pass over the whole disk for a large data set.
+    """
+
+    source: Sequence[dict]
+    name: str
+    image_key: str
+    label_key: str
+    num_classes: int
+    image_shape: tuple[int | None, ...] | None  # None: images stay encoded.
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        example = self._read(index)
+        image, label = example[self.image_key], example[self.label_key]
+        if not 0 <= label < self.num_classes:
+            raise UserError(
+                f"Example {index} of {self.name} has label {label}, expected 0 to "
+                f"{self.num_classes - 1}; use a split whose examples are all labelled."
+            )
+        if self.image_shape is not None:
+            self._check_image(index, image)
+        return {"image": image, "label": label}
+
+    def _read(self, index: int) -> dict:
+        try:
+            return self.source[index]
+        except Exception as error:  # Decoders fail in many ways on damaged bytes.
+            raise UserError(
+                f"Example {index} of {self.name} cannot be read ({_reason(error)}); its record "
+                "files are damaged or not all there: prepare the data set anew."
+            ) from error
+
+    def _check_image(self, index: int, image: np.ndarray) -> None:
+        shape = self.image_shape or ()
+        if len(image.shape) != len(shape) or any(
+            expected not in (None, found)
+            for expected, found in zip(shape, image.shape, strict=True)
+        ):
+            raise UserError(
+                f"Example {index} of {self.name} has an image of shape {image.shape}, expected "
+                f"{shape} as the data set declares; prepare it anew with images that are alike."
+            )
+        if image.dtype == np.float32 and not np.isfinite(image).all():
+            raise UserError(
+                f"Example {index} of {self.name} has pixels that are NaN or infinite, expected "
+                "finite ones; prepare the data set anew without them."
+            )
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def _prepared_builder(name: str, data_dir: str | None):
+    logging.getLogger("absl").addFilter(_is_worth_reading)
+    tfds = importlib.import_module("tensorflow_datasets")
+    importlib.import_module("mbn_jax.datasets.digits")  # Registers the data set.
+    build = f"`tfds build {name} --file_format=array_record"
+    build += f" --data_dir={data_dir}`" if data_dir else "`"
+
+    def find():
+        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+
+    try:
+        builder = find()
+        if name == "digits" and not builder.is_prepared():
+            tfds.disable_progress_bar()
+            try:
+                builder.download_and_prepare()
+            except FileExistsError:  # Another process prepared it meanwhile.
+                builder = find()
+    except tfds.core.DatasetNotFoundError as error:
+        known = tfds.list_builders(with_community_datasets=False)
+        close = difflib.get_close_matches(name, known, n=3)
+        hint = f" Did you mean {' or '.join(map(repr, close))}?" if close else ""
+        raise UserError(f"TFDS has no data set {name!r}.{hint}") from error
+    except OSError as error:
+        raise UserError(
+            f"Data set {name!r} cannot be read or prepared in {data_dir or 'the folder of TFDS'} "
+            f"({_reason(error)}); set dataset.data_dir to a folder that has it or can be written."
+        ) from error
+    except (ValueError, AssertionError, ImportError) as error:
+        raise UserError(
+            f"Data set {name!r} cannot be opened ({_reason(error)}); it is read from "
+            f"array_record files, as {build} writes them."
+        ) from error
+    if not builder.is_prepared():
+        raise UserError(
+            f"Data set {name!r} is not prepared in {builder.data_dir}; prepare it once, where "
+            f"TensorFlow is installed (`pip install '.[prepare]'`), with {build}, or set "
+            "dataset.data_dir to where it is."
+        )
+    return tfds, builder
+
+
+def _is_worth_reading(record: logging.LogRecord) -> bool:
+    """Returns whether a message is not about something that this package does on purpose."""
+    message = record.getMessage()
+    return "OpenCV is not installed" not in message and "no dataset_info.json" not in message

@@ -1,0 +1,214 @@
+"""Passes over the data on the devices: training, evaluation, and moments for recalibration.
+
+Every function takes the program and the configuration of a run; arrays are `[devices, ...]`.
+"""
+
+import math
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from mbn_jax.core.batch_stats import pool_batch_stats
+from mbn_jax.core.moments import Moments
+from mbn_jax.datasets.batches import (
+    EvalBatch,
+    HostBatches,
+    evaluation_batches,
+    training_batches,
+)
+from mbn_jax.datasets.split import Split
+from mbn_jax.parallel.devices import (
+    distribute,
+    first_device,
+    gather_over_hosts,
+    replicate,
+    split_over_devices,
+)
+from mbn_jax.step.state import TrainState
+from mbn_jax.training.program import Program
+from mbn_jax.training.steps import (
+    BatchStack,
+    EvalTotals,
+    Metrics,
+    eval_step,
+    moments_step,
+    replace_statistics,
+)
+
+PyTree = Any
+
+STEPS_PER_STACK = 1024
+"""Steps whose indices go to the devices at once: some kilobytes, and rarely a copy."""
+
+
+class Dispatch(NamedTuple):
+    """What one call of the devices has trained.
+
+    Attributes:
+      step: the step reached.
+      state: arrays `[devices, ...]`; the next dispatch takes their buffers.
+      metrics: metrics of the steps, `[devices, steps]`.
+      upcoming: the stack with the next batch; None after the last step of a run.
+    """
+
+    step: int
+    state: TrainState
+    metrics: Metrics
+    upcoming: BatchStack | None
+
+
+def train_pass(
+    program: Program, config: ConfigDict, state: TrainState, last_step: int
+) -> Iterator[Dispatch]:
+    """Trains, yielding after every dispatch; nothing in it waits for the devices.
+
+    Args, beside program and configuration:
+      state: state to start from; it is donated.
+      last_step: step to stop after.
+    """
+    step, total_steps = int(first_device(state.step)), program.task.total_steps
+    if step == last_step:
+        return
+    stacks = batch_stacks(program, config, step)
+    stack, stack_end = next(stacks)
+    hparams = program.hparams(config)
+    data = program.data(program.task.train)
+    while step < last_step:
+        num_steps = min(config.steps_per_dispatch, last_step - step)
+        train_steps = program.train_steps(num_steps)
+        # No hidden copies to the devices in this loop. (Over several hosts, pmap copies the random
+        # keys itself.)
+        with jax.transfer_guard("disallow" if jax.process_count() == 1 else "allow"):
+            state, metrics = train_steps(state, hparams, data, stack)
+        step += num_steps
+        if step == stack_end and step < total_steps:
+            stack, stack_end = next(stacks)
+        yield Dispatch(step, state, metrics, stack if step < total_steps else None)
+
+
+def batch_stacks(
+    program: Program, config: ConfigDict, first_step: int
+) -> Iterator[tuple[BatchStack, int]]:
+    """Yields the training batches from a step on, and the step after each stack."""
+    task, stride = program.task, config.steps_per_dispatch
+    in_memory = task.train.in_memory is not None
+    steps_per_stack = max(1, STEPS_PER_STACK // stride) * stride if in_memory else stride
+    host = HostBatches(
+        task.train, task.order(config.seed), jax.process_index(), jax.process_count()
+    )
+    stacks = training_batches(
+        host,
+        first_step=first_step,
+        num_steps=task.total_steps,
+        steps_per_stack=steps_per_stack,
+        num_workers=config.dataset.num_workers,
+    )
+    for number, batches in enumerate(stacks):
+        start = first_step + number * steps_per_stack
+        on_devices = split_over_devices(batches, axis=1, devices=program.devices)
+        stack = BatchStack(
+            replicate(np.int32(start), program.devices), distribute(on_devices, program.devices)
+        )
+        yield stack, start + steps_per_stack
+
+
+def evaluate(
+    program: Program, config: ConfigDict, state: TrainState, split: Split | None = None
+) -> dict[str, float]:
+    """Evaluates on every example of a split exactly once.
+
+    Statistics that devices keep for themselves are pooled first. The default is the test split.
+
+    Returns:
+      'loss', the mean cross-entropy, and 'error', the share of wrong predictions.
+    """
+    split = split or program.task.test
+    step = program.compiled(eval_step)
+    batch_stats = shared_batch_stats(program, state)
+    hparams = program.hparams(config)
+    data = program.data(split)
+    # Every batch adds to the totals of the one before, so that batches do not pile up.
+    totals = replicate(EvalTotals(np.float32(0), np.int32(0), np.int32(0)), program.devices)
+    for batch in _eval_batches(program, split, config.eval_batch_size):
+        totals = step(totals, hparams, state.params, batch_stats, data, batch)
+    loss, wrong, count = (float(total[0]) for total in jax.device_get(totals))
+    return {"loss": loss / count, "error": wrong / count}
+
+
+def shared_batch_stats(program: Program, state: TrainState) -> PyTree:
+    """Returns the statistics to evaluate by, the same on all devices."""
+    if not program.task.local_statistics:
+        return state.batch_stats
+    pooled = pool_batch_stats(gather_over_hosts(state.batch_stats))
+    return replicate(pooled, program.devices)
+
+
+def input_moments(
+    program: Program,
+    config: ConfigDict,
+    params: PyTree,
+    batch_stats: PyTree,
+    num_examples: int,
+    *,
+    recalibrate: bool = False,
+) -> dict[str, Moments]:
+    """Returns the moments of the norm layers' inputs over training examples, by layer.
+
+    Args, beside program and configuration:
+      params: parameters.
+      batch_stats: statistics to normalize by.
+      num_examples: how many examples, evenly spaced over the training split; 0: all.
+      recalibrate: normalize by each batch's own statistics (see `moments_step`).
+
+    Returns:
+      Moments that are the same on all devices.
+    """
+    split = program.task.train
+    step = program.compiled(moments_step, recalibrate=recalibrate)
+    hparams = program.hparams(config)
+    data = program.data(split)
+    moments: dict[str, Moments] = {}
+    batches = _eval_batches(program, split, config.eval_batch_size, num_examples, config.seed)
+    for number, batch in enumerate(batches):
+        on_devices = replicate(np.int32(number), program.devices)
+        moments = step(moments, hparams, params, batch_stats, data, batch, on_devices)
+    return moments
+
+
+def recalibrate(
+    program: Program, config: ConfigDict, state: TrainState, num_batches: int
+) -> TrainState:
+    """Returns the state with its statistics computed anew under its parameters.
+
+    From `num_batches` batches of `eval_batch_size` training examples; at most the whole split.
+    """
+    num_examples = min(num_batches * config.eval_batch_size, len(program.task.train))
+    moments = input_moments(
+        program, config, state.params, state.batch_stats, num_examples, recalibrate=True
+    )
+    replace = program.compiled(replace_statistics)
+    return state.replace(batch_stats=replace(state.batch_stats, moments))
+
+
+def _eval_batches(
+    program: Program,
+    split: Split,
+    batch_size: int,
+    num_examples: int = 0,
+    crop_seed: int | None = None,
+) -> Iterator[EvalBatch]:
+    """Yields a split's examples once, or `num_examples` of them, on the devices."""
+    count = program.task.num_devices
+    batches = evaluation_batches(
+        split,
+        math.ceil(min(batch_size, num_examples or len(split)) / count) * count,
+        num_examples=num_examples,
+        crop_seed=crop_seed,
+        process_index=0 if program.devices else jax.process_index(),
+        process_count=1 if program.devices else jax.process_count(),
+    )
+    for batch in batches:
+        yield distribute(split_over_devices(batch, devices=program.devices), program.devices)

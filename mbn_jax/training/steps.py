@@ -1,0 +1,229 @@
+"""What one device computes for a task: initial state, training steps and evaluation steps.
+
+Every function is pure and takes the task first. `mbn_jax.training.program.Program` compiles it for
+all devices, with the named axis `AXIS_NAME`. Their common arguments are:
+
+* state: `TrainState` before the next step; params and batch_stats are parts of one
+* hparams: the run's `HParams`
+* data: the whole split on the device; None for a split on disk, whose batches are `Examples`
+* stack, batch: this device's part of the batches
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from mbn_jax.core.batch_stats import inference_statistics, layers_with_statistics
+from mbn_jax.core.moments import Moments
+from mbn_jax.datasets.augmentation import augment, example_keys, look_up
+from mbn_jax.datasets.batches import EvalBatch
+from mbn_jax.datasets.split import Examples
+from mbn_jax.parallel.devices import AXIS_NAME
+from mbn_jax.statistics.recalibration import (
+    LAYERS_WITH_STATISTICS,
+    add_moments,
+    recalibrated,
+    record_norm_inputs,
+)
+from mbn_jax.step.state import TrainState
+from mbn_jax.step.train_step import make_train_step
+from mbn_jax.training.hparams import HParams
+from mbn_jax.training.norms import LAYERS
+from mbn_jax.training.task import Task
+
+PyTree = Any
+Metrics = dict[str, jax.Array]
+
+
+class BatchStack(NamedTuple):
+    """The batches of successive training steps.
+
+    Attributes:
+      first_step: int32 scalar, the step of the first batch.
+      batches: indices into the training split, int32 `[steps, batch]`, or `Examples`
+        `[steps, batch, ...]` where the split is on disk.
+    """
+
+    first_step: Any
+    batches: Any
+
+
+class EvalTotals(NamedTuple):
+    """Sums over the examples that were evaluated.
+
+    Attributes:
+      loss: float32 scalar, sum of cross-entropies.
+      wrong: int32 scalar, number of wrong predictions.
+      count: int32 scalar, number of examples.
+    """
+
+    loss: Any
+    wrong: Any
+    count: Any
+
+
+class _Keys(NamedTuple):
+    init: jax.Array
+    run: jax.Array
+    augmentation: jax.Array
+
+
+def _random_keys(hparams: HParams) -> _Keys:
+    return _Keys(*jax.random.split(jax.random.key(hparams.seed), 3))
+
+
+def init_state(task: Task, hparams: HParams) -> TrainState:
+    """Returns the state before the first step, a function of the seed alone."""
+    keys = _random_keys(hparams)
+    images = jnp.zeros((1, *task.train.image_shape), jnp.float32)
+    variables = task.model(hparams).init(keys.init, images, train=False)
+    return TrainState.create(variables, task.optimizer(hparams), keys.run)
+
+
+def train_steps(
+    task: Task,
+    state: TrainState,
+    hparams: HParams,
+    data: Examples | None,
+    stack: BatchStack,
+    *,
+    num_steps: int,
+) -> tuple[TrainState, Metrics]:
+    """Runs successive training steps.
+
+    Returns:
+      The state after `num_steps` steps, and metrics `[num_steps]`.
+    """
+    train_step = build_train_step(task, hparams)
+
+    def one_step(state: TrainState, _) -> tuple[TrainState, Metrics]:
+        return train_step(state, next_batch(task, state, hparams, data, stack))
+
+    if num_steps > 1:
+        # XLA's CPU compiler has fast kernels for the convolutions of a backward pass, but does not
+        # find them inside a loop, where it is many times slower.
+        unroll = jax.default_backend() == "cpu"
+        return jax.lax.scan(one_step, state, length=num_steps, unroll=unroll)
+    state, metrics = one_step(state, None)  # For the same reason not a loop of one step.
+    return state, jax.tree.map(lambda x: x[None], metrics)
+
+
+def build_train_step(
+    task: Task, hparams: HParams
+) -> Callable[[TrainState, Examples], tuple[TrainState, Metrics]]:
+    """Returns the function that runs one training step on a batch as `next_batch` returns it."""
+    return make_train_step(
+        task.model(hparams).apply,
+        task.optimizer(hparams),
+        classification_loss,
+        double_forward=task.config.double_forward,
+        double_forward_fraction=task.config.double_forward_fraction,
+        axis_name=AXIS_NAME,
+        local_statistics=task.local_statistics,
+    )
+
+
+def classification_loss(apply: Callable, batch: Examples):
+    """Returns mean cross-entropy, {'error': share of wrong predictions} and the updates."""
+    logits, updates = apply(batch.image, train=True)
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.label)
+    error = jnp.mean(logits.argmax(-1) != batch.label)
+    return loss.mean(), ({"error": error}, updates)
+
+
+def next_batch(
+    task: Task, state: TrainState, hparams: HParams, data: Examples | None, stack: BatchStack
+) -> Examples:
+    """Returns this device's part of the next step's batch, standardized and augmented."""
+    at = state.step - stack.first_step
+    batch = look_up(data, jax.tree.map(lambda x: x[at], stack.batches))
+    return _augmented(task, hparams, batch, state.step)
+
+
+def _augmented(task: Task, hparams: HParams, batch: Examples, step: jax.Array) -> Examples:
+    """Standardizes and augments a batch; its random draws are functions of seed and `step`."""
+    options = task.config.dataset
+    size = batch.label.shape[0]
+    # Positions in the global batch, so that the draws do not depend on the number of devices.
+    positions = jax.lax.axis_index(AXIS_NAME) * size + jnp.arange(size)
+    keys = example_keys(_random_keys(hparams).augmentation, step, positions)
+    images = task.standardized(batch.image)
+    images = augment(images, keys, crop_padding=options.crop_padding, flip=options.flip)
+    return Examples(images, batch.label)
+
+
+def eval_step(
+    task: Task,
+    totals: EvalTotals,
+    hparams: HParams,
+    params: PyTree,
+    batch_stats: PyTree,
+    data: Examples | None,
+    batch: EvalBatch,
+) -> EvalTotals:
+    """Adds the results of a batch, over all devices, to the totals of earlier batches."""
+    examples = look_up(data, batch.examples)
+    variables = {"params": params, "batch_stats": batch_stats}
+    images = task.standardized(examples.image)
+    logits = jnp.asarray(task.model(hparams).apply(variables, images, train=False))
+    loss = optax.softmax_cross_entropy_with_integer_labels(logits, examples.label)
+    sums = EvalTotals(
+        loss=jnp.sum(jnp.where(batch.mask, loss, 0)),
+        wrong=jnp.sum((logits.argmax(-1) != examples.label) & batch.mask),
+        count=jnp.sum(batch.mask),
+    )
+    return jax.tree.map(jnp.add, totals, jax.lax.psum(sums, AXIS_NAME))
+
+
+def moments_step(
+    task: Task,
+    totals: dict[str, Moments],
+    hparams: HParams,
+    params: PyTree,
+    batch_stats: PyTree,
+    data: Examples | None,
+    batch: EvalBatch,
+    number: jax.Array,
+    *,
+    recalibrate: bool,
+) -> dict[str, Moments]:
+    """Adds a batch, augmented but at inference, to the moments of the norm layers' inputs.
+
+    Args, beside the common ones:
+      totals: moments by layer over earlier batches, or empty.
+      number: int32 scalar, number of the batch; its augmentation is a function of it.
+      recalibrate: normalize by the batch's own statistics instead, over all devices, and record
+        every layer that keeps statistics. Otherwise record the layers of `config.shift.layers`.
+
+    Returns:
+      Moments by layer, over all devices and batches so far.
+    """
+    images = _augmented(task, hparams, look_up(data, batch.examples), number).image
+    variables = {"params": params, "batch_stats": batch_stats}
+    with record_norm_inputs(
+        LAYERS_WITH_STATISTICS if recalibrate else LAYERS,
+        "" if recalibrate else task.config.shift.layers,
+        mask=batch.mask,
+        axis_name=AXIS_NAME,
+        normalize_by_them=recalibrate,
+    ) as recorded:
+        mutable = ["batch_stats"] if recalibrate else False
+        model = task.model(hparams, remat=False)
+        model.apply(variables, images, train=False, mutable=mutable)
+    return add_moments(totals, recorded)
+
+
+def replace_statistics(task: Task, batch_stats: PyTree, moments: dict[str, Moments]) -> PyTree:
+    """Returns `batch_stats` with the statistics of the layers in `moments` replaced."""
+    return recalibrated(batch_stats, moments)
+
+
+def layer_statistics(batch_stats: PyTree) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Returns (mean, var) that each layer normalizes by at inference, by its path."""
+    return {
+        path: inference_statistics(stats)
+        for path, stats in layers_with_statistics(batch_stats).items()
+    }
