@@ -83,6 +83,7 @@ class Checkpoints:
         layout: dict[str, Any] = {
             "key_impl": str(jax.random.key_impl(host.key)),
             "notes": dict(notes or {}),
+            "layers_recorded": True,
         }
         host = jax.device_get(_with_key_data(host))
         stats = saved_statistics.groups_of(state.batch_stats, local_statistics=local_statistics)
@@ -191,8 +192,9 @@ class Checkpoints:
         # The key is restored as it was saved, whatever JAX's default is now.
         state = state.replace(key=jax.random.key(0, impl=key_impl))
         target = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), _with_key_data(state))
-        stats = jax.tree.map(lambda x: np.zeros((groups, *x.shape), x.dtype), target.batch_stats)
-        tree = {"state": target.replace(batch_stats={}), "batch_stats": stats}
+        stats = jax.tree.map(lambda x: np.stack([np.asarray(x)] * groups), state.batch_stats)
+        saved = stats if "layers_recorded" in layout else saved_statistics.before_records(stats)
+        tree = {"state": target.replace(batch_stats={}), "batch_stats": saved}
         args = ocp.args.Composite(tree=ocp.args.StandardRestore(tree))
         try:
             tree = self._manager.restore(step, args=args)["tree"]
@@ -203,7 +205,7 @@ class Checkpoints:
                 f"config ({str(error).splitlines()[0]}); use the config it was made with."
             ) from error
         key = jax.random.wrap_key_data(tree["state"].key, impl=key_impl)
-        return tree["state"].replace(key=key), tree["batch_stats"]
+        return tree["state"].replace(key=key), saved_statistics.merged(stats, tree["batch_stats"])
 
     def close(self) -> None:
         """Releases Orbax's threads."""

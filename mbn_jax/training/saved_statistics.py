@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mbn_jax.core.batch_stats import pool_batch_stats
+from mbn_jax.core.batch_stats import map_layers, pool_batch_stats
 from mbn_jax.parallel.devices import (
     Devices,
     distribute,
@@ -34,6 +34,24 @@ def num_groups(stats: PyTree) -> int:
     8
     """
     return max((len(x) for x in jax.tree.leaves(stats)), default=1)
+
+
+def before_records(stats: PyTree) -> PyTree:
+    """Returns statistics without what layers record of themselves: older checkpoints lack it."""
+    return map_layers(
+        lambda _, layer: {k: v for k, v in layer.items() if k not in ("rule", "groups")}, stats
+    )
+
+
+def merged(stats: PyTree, saved: PyTree) -> PyTree:
+    """Returns `stats` with all that was saved in its place.
+
+    >>> merged({"norm": {"mean": 0, "rule": 1}}, {"norm": {"mean": 2}})
+    {'norm': {'mean': 2, 'rule': 1}}
+    """
+    if not isinstance(stats, dict):
+        return saved
+    return {k: merged(v, saved[k]) if k in saved else v for k, v in stats.items()}
 
 
 def on_devices(stats: PyTree, like: PyTree, *, local_statistics: bool, devices: Devices) -> PyTree:
