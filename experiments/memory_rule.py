@@ -13,7 +13,7 @@ def get_sweep():
         text="Test error from the memory, and with statistics recomputed over training batches "
         "with the same parameters: what is between them is the memory's own noise and staleness. "
         "On training images that are held out.",
-        configs={"cifar10": "../configs/cifar10_resnet8.py"},
+        configs={"cifar10": "../configs/cifar.py:resnet8"},
         fields={
             "dataset.train_split": "train[:5000]",
             "dataset.test_split": "train[40000:]",

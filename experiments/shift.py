@@ -14,7 +14,7 @@ def get_sweep():
         "before against after the update that it caused. Error: of the statistics that inference "
         "goes by, against those of the training images under the current parameters. Both averaged "
         "over the layers, at a constant learning rate.",
-        configs={"digits": "../configs/digits.py", "cifar10": "../configs/cifar10_small_batch.py"},
+        configs={"digits": "../configs/digits.py", "cifar10": "../configs/cifar.py:small_batch"},
         fields={
             "schedule.name": "constant",
             "shift.every_steps": 500,

@@ -14,7 +14,7 @@ def get_sweep():
         "under the current parameters, over training; and test error in the end, by the "
         "statistics of the run and by recomputed ones. Memories of 64 batches, decay 0.97; the "
         "average is the same without slots.",
-        configs={"cifar10": "../configs/cifar10_short.py"},
+        configs={"cifar10": "../configs/cifar.py:short"},
         axes={
             "schedule.name": ("constant", "cosine"),
             # Rates close to batch normalization's best at each size (norms_rate.py).
@@ -39,7 +39,7 @@ def get_sweep():
                 "memorized, rewrite": {},
                 "memorized, transport": {"double_forward": "transport"},
                 "averaged, transport": {
-                    "norm.name": "averaged",
+                    "norm.memory_size": 0,  # An exponential average, without slots.
                     "double_forward": "transport",
                 },
             },

@@ -12,7 +12,7 @@ def get_sweep():
         title="The limits of transport",
         text="Error of the statistics that inference goes by, averaged over training at a constant "
         "rate and batch size 8, and test error in the end.",
-        configs={"cifar10": "../configs/cifar10_short.py"},
+        configs={"cifar10": "../configs/cifar.py:short"},
         axes={
             "setting": {
                 "as it is": {},

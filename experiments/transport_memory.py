@@ -13,7 +13,7 @@ def get_sweep():
         text="Error of the statistics that inference goes by, averaged over training at a constant "
         "rate, and test error in the end. Every batch in the memory weighs the same, but for the "
         "last memory.",
-        configs={"cifar10": "../configs/cifar10_short.py"},
+        configs={"cifar10": "../configs/cifar.py:short"},
         fields={"norm.memory_capacity": 256},
         axes={
             "batch size, rate": {

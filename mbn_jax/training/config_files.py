@@ -16,7 +16,7 @@ def parse_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     """Reads a config file and sets the fields that `overrides` name.
 
     Args:
-      path: of a Python file with `get_config()`.
+      path: of a Python file with `get_config()`; 'file.py:ARGUMENT' calls it with the argument.
       overrides: as on the command line, '--config.FIELD=VALUE'.
 
     Returns:
@@ -25,7 +25,8 @@ def parse_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     Raises:
       UserError: for a missing or broken file, an unknown field or a value of the wrong type.
     """
-    config = call_in_file(path, "get_config")
+    file, _, argument = path.partition(":")
+    config = call_in_file(file, "get_config", *([argument] if argument else []))
     if not isinstance(config, ConfigDict):
         raise UserError(f"get_config() of {path} must return a ConfigDict, got {type(config)}")
     return override_fields(config, overrides)
@@ -52,12 +53,12 @@ def override_fields(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     return values.config
 
 
-def call_in_file(path: str, function: str) -> Any:
+def call_in_file(path: str, function: str, *arguments: str) -> Any:
     """Runs a Python file and returns what its function returns; raises UserError in a sentence."""
     if not pathlib.Path(path).is_file():
         raise UserError(f"there is no file {path}; configs/ and experiments/ have some that work")
     try:
-        return runpy.run_path(path)[function]()
+        return runpy.run_path(path)[function](*arguments)
     except Exception as error:  # The file is the user's code: it may fail in any way.
         reason = " ".join(str(error).split())
         raise UserError(f"{path}: {function}() failed: {type(error).__name__}: {reason}") from error

@@ -1,6 +1,6 @@
 """How the error of a transported slot grows with its age, and what would keep it in check.
 
-    python experiments/transport_growth.py --config=configs/cifar10_short.py \
+    python experiments/scripts/transport_growth.py --config=configs/cifar.py:short \
         --config.dataset.data_dir=WHERE_CIFAR10_IS
 
 Three times in a run it takes the statistics that the last batches have in every norm layer, lets

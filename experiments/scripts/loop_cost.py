@@ -1,6 +1,6 @@
 """What the loop around a training step costs: batches, augmentation, metrics, logging.
 
-    python experiments/loop_cost.py --config=configs/digits.py
+    python experiments/scripts/loop_cost.py --config=configs/digits.py
 
 Takes turns between the bare step, on a batch that is there, and `mbn-train`'s own loop on the same
 devices, with one step per dispatch and with several; its start, evaluations and checkpoints apart.

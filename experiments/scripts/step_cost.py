@@ -1,6 +1,6 @@
 """What a training step costs with each norm and each second forward, against flax's BatchNorm.
 
-    python experiments/step_cost.py --workdir=runs/step_cost
+    python experiments/scripts/step_cost.py --workdir=runs/step_cost
 
 Prints a table for each dtype and batch size, and saves them: `step_cost.md`, and with all numbers
 `step_cost.jsonl`. FLOPs, bytes accessed and peak temporary memory are the compiler's counts, as

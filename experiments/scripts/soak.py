@@ -1,6 +1,6 @@
 """Kills a run again and again, and compares it with one that was left alone.
 
-    python experiments/soak.py --workdir=runs/soak --kills=30 --seed=0
+    python experiments/scripts/soak.py --workdir=runs/soak --kills=30 --seed=0
 
 One run of digits goes through. Another, of the same config, gets SIGKILL at moments drawn by the
 seed: while it starts, anywhere in training, within a save, and between a checkpoint and its seal;
@@ -27,7 +27,7 @@ from mbn_jax.training.program import Programs
 from mbn_jax.training.reporting import METRICS, read_metrics
 from mbn_jax.training.workdir import CHECKPOINTS, load_config
 
-CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "digits.py"
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "digits.py"
 FIELDS = {
     "batch_size": 16,
     "num_epochs": 25.0,
