@@ -10,10 +10,10 @@ def get_sweep():
     """Returns the sweep."""
     return Sweep(
         title="Transport",
-        text="Error of the statistics that inference goes by, against those of the training images "
-        "under the current parameters, over training; and test error in the end, by the "
-        "statistics of the run and by recomputed ones. Memories of 64 batches, decay 0.97; the "
-        "average is the same without slots.",
+        text="Error of the statistics used at inference, against those of the training images "
+        "under the current parameters, over training; and final test error, with the statistics "
+        "of the run and with recomputed ones. Memories of 64 batches, decay 0.97; the average has "
+        "the same decay and no slots.",
         configs={"cifar10": "../configs/cifar.py:short"},
         axes={
             "schedule.name": ("constant", "cosine"),

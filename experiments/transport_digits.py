@@ -10,8 +10,8 @@ def get_sweep():
     """Returns the sweep."""
     return Sweep(
         title="Transport on digits",
-        text="Test error in the end, and error of the statistics that inference goes by, averaged "
-        "over training.",
+        text="Final test error, and error of the statistics used at inference, averaged over "
+        "training.",
         configs={"digits": "../configs/digits.py", "cifar10": "../configs/cifar.py:short"},
         fields={"shift.examples": 0, "eval_every_steps": 1_000_000},
         axes={
