@@ -4,8 +4,9 @@
     mbn-train --config=configs/digits.py --workdir=runs/batch --config.norm.name=batch \
         --config.double_forward=off
 
-1,797 real 8x8 images, shipped inside scikit-learn; a convnet whose last norm sees 1x1 pixels, so
-that a batch of 2 gives it two values a channel. Some 10 s on 2 CPU cores. Results: README.md.
+The method of Guo et al. (AAAI 2018, arXiv 2010.04947). 1,797 real 8x8 images, shipped inside
+scikit-learn; a convnet whose last norm sees 1x1 pixels, so that a batch of 2 gives it two values
+per channel. About 10 s on 2 CPU cores; test error about 1 % (README.md).
 """
 
 from mbn_jax.training.config import default_config

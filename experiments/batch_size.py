@@ -13,7 +13,7 @@ def get_sweep():
     return Sweep(
         title="Batch size",
         text="The learning rate is proportional to the batch size, as suits batch normalization.",
-        configs={"digits": "../configs/digits.py", "cifar10": "../configs/cifar10_small_batch.py"},
+        configs={"digits": "../configs/digits.py", "cifar10": "../configs/cifar.py:small_batch"},
         axes={
             "batch size": {
                 str(size): {

@@ -10,9 +10,9 @@ def get_sweep():
     """Returns the sweep."""
     return Sweep(
         title="Double Forward",
-        text="Whether the statistics of a batch are recorded before the update or after it. Where "
-        "the learning rate ends at 0, so does the shift that this mends; a constant rate keeps it.",
-        configs={"digits": "../configs/digits.py", "cifar10": "../configs/cifar10_small_batch.py"},
+        text="Whether the statistics of a batch are recorded before the update or after it. If the "
+        "learning rate ends at 0, so does the shift that this corrects; a constant rate keeps it.",
+        configs={"digits": "../configs/digits.py", "cifar10": "../configs/cifar.py:small_batch"},
         axes={
             "norm.name": ("batch", "batch_renorm", "memorized"),
             "schedule.name": ("cosine", "constant"),

@@ -13,7 +13,7 @@ def get_sweep():
     return Sweep(
         title="Learning rate by batch size, for batch normalization",
         text="Errors are on a fifth of the training split, which was not trained on.",
-        configs={"digits": "../configs/digits.py", "cifar10": "../configs/cifar10_small_batch.py"},
+        configs={"digits": "../configs/digits.py", "cifar10": "../configs/cifar.py:small_batch"},
         fields={"dataset.test_split": "train[80%:]", "dataset.train_split": "train[:80%]"},
         axes={
             "batch_size": (2, 4, 8, 16, 32, 64, 128),

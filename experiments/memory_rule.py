@@ -1,4 +1,4 @@
-"""Which memory gives at inference what its network is worth: size, decay, growth.
+"""Which memory costs no accuracy at inference: size, decay, growth.
 
 mbn-sweep experiments/memory_rule.py --workdir=runs/memory_rule
 """
@@ -10,10 +10,10 @@ def get_sweep():
     """Returns the sweep."""
     return Sweep(
         title="The memory's rule",
-        text="Test error from the memory, and with statistics recomputed over training batches "
-        "with the same parameters: what is between them is the memory's own noise and staleness. "
-        "On training images that are held out.",
-        configs={"cifar10": "../configs/cifar10_resnet8.py"},
+        text="Test error with the memory, and with statistics recomputed over training batches "
+        "for the same parameters. The gap is the memory's own noise and staleness. Errors are on "
+        "held-out training images.",
+        configs={"cifar10": "../configs/cifar.py:resnet8"},
         fields={
             "dataset.train_split": "train[:5000]",
             "dataset.test_split": "train[40000:]",

@@ -11,7 +11,7 @@ def get_sweep():
     return Sweep(
         title="Memory size",
         text="The last k batches are pooled; k = 1 is batch normalization without moving averages.",
-        configs={"digits": "../configs/digits.py", "cifar10": "../configs/cifar10_small_batch.py"},
+        configs={"digits": "../configs/digits.py", "cifar10": "../configs/cifar.py:small_batch"},
         axes={"norm.memory_size": (1, 2, 4, 8, 16, 32, 64)},
         baseline={"norm.memory_size": 64},
         figures=[

@@ -15,9 +15,9 @@ def get_sweep():
     """Returns the sweep."""
     return Sweep(
         title="Norms by batch size",
-        text="Test error by the statistics of the run, and by statistics that were recomputed over "
-        "training batches with the same parameters, which tells how good the parameters are.",
-        configs={"cifar10": "../configs/cifar10_resnet8.py"},
+        text="Test error with the statistics of the run, and with statistics recomputed over "
+        "training batches for the same parameters, which shows how good the parameters are.",
+        configs={"cifar10": "../configs/cifar.py:resnet8"},
         fields={"num_epochs": 5.0, "norm.decay": 1.0},
         axes={
             "batch size": {

@@ -11,7 +11,7 @@ def get_sweep():
     return Sweep(
         title="Learning rate by batch size, for batch normalization",
         text="Errors are on training images that are held out.",
-        configs={"cifar10": "../configs/cifar10_resnet8.py"},
+        configs={"cifar10": "../configs/cifar.py:resnet8"},
         fields={
             "num_epochs": 5.0,
             "norm.name": "batch",

@@ -10,8 +10,8 @@ def get_sweep():
     """Returns the sweep."""
     return Sweep(
         title="Badly sampled batches",
-        text="Each batch of 40 has images of so many of the ten classes; 'all': drawn at random.",
-        configs={"digits": "../configs/digits.py", "cifar10": "../configs/cifar10_small_batch.py"},
+        text="Each batch of 40 has images of this many of the ten classes; 'all': drawn at random.",
+        configs={"digits": "../configs/digits.py", "cifar10": "../configs/cifar.py:small_batch"},
         fields={"batch_size": 40, "optimizer.learning_rate": 0.08, "log_every_steps": 35},
         axes={
             "norm": {

@@ -10,11 +10,11 @@ def get_sweep():
     """Returns the sweep."""
     return Sweep(
         title="The distribution shift",
-        text="Shift: of mean and standard deviation of a batch's own inputs to each norm layer, "
-        "before against after the update that it caused. Error: of the statistics that inference "
-        "goes by, against those of the training images under the current parameters. Both averaged "
-        "over the layers, at a constant learning rate.",
-        configs={"digits": "../configs/digits.py", "cifar10": "../configs/cifar10_small_batch.py"},
+        text="Shift: change of the mean and standard deviation of a batch's inputs to each norm "
+        "layer by the update that the batch caused. Error: of the statistics used at inference, "
+        "against those of the training images under the current parameters. Both averaged over "
+        "the layers, at a constant learning rate.",
+        configs={"digits": "../configs/digits.py", "cifar10": "../configs/cifar.py:small_batch"},
         fields={
             "schedule.name": "constant",
             "shift.every_steps": 500,

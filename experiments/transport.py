@@ -10,11 +10,11 @@ def get_sweep():
     """Returns the sweep."""
     return Sweep(
         title="Transport",
-        text="Error of the statistics that inference goes by, against those of the training images "
-        "under the current parameters, over training; and test error in the end, by the "
-        "statistics of the run and by recomputed ones. Memories of 64 batches, decay 0.97; the "
-        "average is the same without slots.",
-        configs={"cifar10": "../configs/cifar10_short.py"},
+        text="Error of the statistics used at inference, against those of the training images "
+        "under the current parameters, over training; and final test error, with the statistics "
+        "of the run and with recomputed ones. Memories of 64 batches, decay 0.97; the average has "
+        "the same decay and no slots.",
+        configs={"cifar10": "../configs/cifar.py:short"},
         axes={
             "schedule.name": ("constant", "cosine"),
             # Rates close to batch normalization's best at each size (norms_rate.py).
@@ -39,7 +39,7 @@ def get_sweep():
                 "memorized, rewrite": {},
                 "memorized, transport": {"double_forward": "transport"},
                 "averaged, transport": {
-                    "norm.name": "averaged",
+                    "norm.memory_size": 0,  # An exponential average, without slots.
                     "double_forward": "transport",
                 },
             },

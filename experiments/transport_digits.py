@@ -10,9 +10,9 @@ def get_sweep():
     """Returns the sweep."""
     return Sweep(
         title="Transport on digits",
-        text="Test error in the end, and error of the statistics that inference goes by, averaged "
-        "over training.",
-        configs={"digits": "../configs/digits.py", "cifar10": "../configs/cifar10_short.py"},
+        text="Final test error, and error of the statistics used at inference, averaged over "
+        "training.",
+        configs={"digits": "../configs/digits.py", "cifar10": "../configs/cifar.py:short"},
         fields={"shift.examples": 0, "eval_every_steps": 1_000_000},
         axes={
             "schedule.name": ("constant", "cosine"),
@@ -29,7 +29,7 @@ def get_sweep():
                 "memorized, rewrite": {},
                 "memorized, transport": {"double_forward": "transport"},
                 "averaged, transport": {
-                    "norm.name": "averaged",
+                    "norm.memory_size": 0,  # An exponential average, without slots.
                     "double_forward": "transport",
                 },
             },

@@ -10,9 +10,9 @@ def get_sweep():
     """Returns the sweep."""
     return Sweep(
         title="The limits of transport",
-        text="Error of the statistics that inference goes by, averaged over training at a constant "
-        "rate and batch size 8, and test error in the end.",
-        configs={"cifar10": "../configs/cifar10_short.py"},
+        text="Error of the statistics used at inference, averaged over training at a constant "
+        "rate and batch size 8, and final test error.",
+        configs={"cifar10": "../configs/cifar.py:short"},
         axes={
             "setting": {
                 "as it is": {},

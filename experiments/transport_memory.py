@@ -10,10 +10,10 @@ def get_sweep():
     """Returns the sweep."""
     return Sweep(
         title="The memory of transport",
-        text="Error of the statistics that inference goes by, averaged over training at a constant "
-        "rate, and test error in the end. Every batch in the memory weighs the same, but for the "
+        text="Error of the statistics used at inference, averaged over training at a constant "
+        "rate, and final test error. All batches in the memory have equal weight, except in the "
         "last memory.",
-        configs={"cifar10": "../configs/cifar10_short.py"},
+        configs={"cifar10": "../configs/cifar.py:short"},
         fields={"norm.memory_capacity": 256},
         axes={
             "batch size, rate": {

@@ -13,7 +13,7 @@ import pytest
 from mbn_jax import MemorizedBatchNorm
 from mbn_jax.models import MODELS, vgg
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "experiments" / "step_cost.py"
+SCRIPT = pathlib.Path(__file__).parents[1] / "experiments" / "scripts" / "step_cost.py"
 
 
 @pytest.fixture(scope="module")

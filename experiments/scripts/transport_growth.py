@@ -1,24 +1,23 @@
-"""How the error of a transported slot grows with its age, and what would keep it in check.
+"""How the error of a transported slot grows with its age, and what would limit it.
 
-    python experiments/transport_growth.py --config=configs/cifar10_short.py \
+    python experiments/scripts/transport_growth.py --config=configs/cifar.py:short \
         --config.dataset.data_dir=WHERE_CIFAR10_IS
 
-Three times in a run it takes the statistics that the last batches have in every norm layer, lets
-the updates move them step by step, and compares them with what the same batches have in the
-current network: their own sampling noise is no part of it, only what the moving missed. (The
-network is its parameters and its memories: behind the first norm, inputs drift too as batches enter
-and leave the memories before, which no update caused and no shift tells of.) A table for each batch
-size, with mean and 95 % interval over seeds of the root mean square over batches and channels,
-averaged over layers and the three times.
+Three times in a run, it takes the statistics of the last batches in every norm layer, lets the
+updates move them step by step, and compares them with those of the same batches in the current
+network. The difference is the error of the moving, without sampling noise. (After the first norm,
+inputs also drift because batches enter and leave the memories of earlier layers; no update causes
+that, and no shift measures it.) A table for each batch size, with mean and 95 % interval over seeds
+of the root mean square over batches and channels, averaged over layers and the three times.
 
-* stays: not moved at all, as in 'off' and 'rewrite'
-* moved: by the shift of the batch that was trained on, scale and offset, as in 'transport'
+* stays: not moved, as in 'off' and 'rewrite'
+* moved: by the shift of the training batch, scale and offset, as in 'transport'
 * moved by half of that; moved by the offset alone
 * moved by the next batch: its forward before the update against its training forward after it. That
-  batch was not fitted yet, and costs one more forward, too
+  batch was not fitted yet, and costs one more forward too
 
-The factor is what the sum of all shifts since would have to be multiplied by, to fit best what
-became of the batches: less than 1 where it overshoots.
+The best factor for the sum of all shifts fits it to the true displacement: below 1 if the shifts
+overshoot. Result: docs/results/transport.md, "How errors grow".
 """
 
 import argparse

@@ -1,11 +1,12 @@
 """ResNet-50 (v1.5) on ImageNet, for 8 accelerators; a memory of 8 batches on each.
 
-    mbn-train --config=configs/imagenet_resnet50.py --workdir=runs/imagenet_resnet50
+    mbn-train --config=configs/imagenet.py --workdir=runs/imagenet
 
-As Goyal et al. (arXiv 1706.02677) train it: batch 256 at rate 0.1 (larger ones in proportion),
-warm-up of 5 epochs, 90 epochs, the last scale of each block 0 at first; but the rate decayed to 0
-along a cosine. Every device keeps statistics of its own, of 32 images a batch, which is where a
-memory is of use. Not run here. Smaller: --config.model.name=resnet18.
+The recipe of Goyal et al. (arXiv 1706.02677): batch 256 at rate 0.1 (scale the rate with the batch
+size), warm-up of 5 epochs, 90 epochs, the last scale of each block 0 at first; but the rate decayed
+to 0 along a cosine. Each device keeps its own statistics, of 32 images a batch: batches that small
+are where a memory helps. Not run here, so neither runtime nor result is known. Prepare the data set
+once: docs/training.md, "Data". A smaller network: --config.model.name=resnet18.
 """
 
 from mbn_jax.datasets.standard import standard_dataset

@@ -1,10 +1,10 @@
 """One pass or two over a batch's data: how exact the moments are.
 
-    python experiments/moments.py
+    python experiments/scripts/moments.py
 
 Prints a table: relative error of the variance of 4,096 float32 values at a distance of |mean| / std
 from zero, against float64 NumPy, the largest over 256 channels and 5 seeds. What either costs:
-`experiments/step_cost.py`.
+`experiments/scripts/step_cost.py`.
 """
 
 import jax

@@ -1,18 +1,19 @@
 """What a training step costs with each norm and each second forward, against flax's BatchNorm.
 
-    python experiments/step_cost.py --workdir=runs/step_cost
+    python experiments/scripts/step_cost.py --workdir=runs/step_cost
 
-Prints a table for each dtype and batch size, and saves them: `step_cost.md`, and with all numbers
+Prints a table for each dtype and batch size, and saves them to `step_cost.md`, and all numbers to
 `step_cost.jsonl`. FLOPs, bytes accessed and peak temporary memory are the compiler's counts, as
 ratios to the first row, and so is the time that it took to compile. `kept` is what the backward
 pass needs of the forward, before the compiler shares and recomputes. The step time is measured in
-rounds that take every step once, in turn: the median of its ratio to the first row's of the same
-round, and the quartiles. `host` is how long a step keeps the host, until the call returns. The last
-row is the first once more: what noise alone makes.
+rounds that run every step once, in turn: the median of its ratio to the first row's of the same
+round, and the quartiles. `host` is the host time of a step, until the call returns. The last row
+repeats the first: it shows the noise.
 
 On a CPU pin the process to a core (taskset -c 0): it is steadier, and hardly slower. With
-`--tpu=v5e:2x2` the steps are compiled for a TPU that need not be there, and not run; it needs
-libtpu (`pip install '.[tpu]'`). `--torch` runs PyTorch's step too, where that is installed.
+`--tpu=v5e:2x2` the steps are compiled for a TPU, without needing one, and not run; it needs libtpu
+(`pip install '.[tpu]'`). `--torch` runs PyTorch's step too, if it is installed. Result:
+docs/results/cost.md.
 """
 
 import argparse

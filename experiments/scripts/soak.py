@@ -1,12 +1,12 @@
-"""Kills a run again and again, and compares it with one that was left alone.
+"""Kills a run repeatedly, and compares it with an undisturbed one.
 
-    python experiments/soak.py --workdir=runs/soak --kills=30 --seed=0
+    python experiments/scripts/soak.py --workdir=runs/soak --kills=30 --seed=0
 
-One run of digits goes through. Another, of the same config, gets SIGKILL at moments drawn by the
-seed: while it starts, anywhere in training, within a save, and between a checkpoint and its seal;
-each time the same command goes on. Then parameters, statistics, optimizer and records (times apart)
-must be the same to the bit, and no record missing or there twice. Exit status 1 where they are not.
-Some 10 minutes on 2 busy CPU cores. Result: docs/survival.md.
+One run on digits is undisturbed. Another with the same config gets SIGKILL at moments drawn by the
+seed: while it starts, in training, within a save, and between a checkpoint and its checksums; each
+time the same command resumes it. Then parameters, statistics, optimizer and records (except times)
+must be equal to the bit, with no record missing or duplicated. Otherwise the exit status is 1.
+About 10 minutes on 2 busy CPU cores. Result: docs/results/survival.md.
 """
 
 import argparse
@@ -28,7 +28,7 @@ from mbn_jax.training.reporting import METRICS, read_metrics
 from mbn_jax.training.seal import SEAL
 from mbn_jax.training.workdir import CHECKPOINTS, load_config
 
-CONFIG = pathlib.Path(__file__).parent.parent / "configs" / "digits.py"
+CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "digits.py"
 FIELDS = {
     "batch_size": 16,
     "num_epochs": 25.0,

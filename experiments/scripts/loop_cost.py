@@ -1,12 +1,12 @@
 """What the loop around a training step costs: batches, augmentation, metrics, logging.
 
-    python experiments/loop_cost.py --config=configs/digits.py
+    python experiments/scripts/loop_cost.py --config=configs/digits.py
 
-Takes turns between the bare step, on a batch that is there, and `mbn-train`'s own loop on the same
-devices, with one step per dispatch and with several; its start, evaluations and checkpoints apart.
-Prints the time of a step in each, the median ratio to the bare step of the same round with
-quartiles, and for the bare step how long it keeps the host, from the call until it returns. On a
-CPU pin the process to a core (taskset -c 0).
+Alternates between the bare step, on a batch already on the devices, and the loop of `mbn-train` on
+the same devices, with one step per dispatch and with several. Start-up, evaluations and checkpoints
+are not counted. Prints the time of a step in each, the median ratio to the bare step of the same
+round with quartiles, and the host time of the bare step, from the call until it returns. On a CPU
+pin the process to a core (taskset -c 0). Result: docs/results/cost.md, "The loop".
 """
 
 import argparse
