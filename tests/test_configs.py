@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 
 from mbn_jax.sweeps.command import load_sweep
-from mbn_jax.training.config import default_config, fields, validate
+from mbn_jax.training.config import default_config, fields
 from mbn_jax.training.config_files import parse_config
 from mbn_jax.training.loop import train
 from mbn_jax.training.program import Programs
+from mbn_jax.training.rules import validate
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs").glob("*.py"))
@@ -160,22 +161,7 @@ def test_an_unknown_argument_is_answered_with_those_that_exist(file):
     assert get_config(arguments(file)[0]).to_json() == get_config().to_json()
 
 
-WITHOUT_SLOTS = ("transport.py", "transport_digits.py")
-
-
-@pytest.mark.parametrize(
-    "file",
-    [
-        pytest.param(
-            file,
-            marks=pytest.mark.xfail(
-                file.name in WITHOUT_SLOTS, reason="norm.memory_size=0 is being built", strict=True
-            ),
-        )
-        for file in SWEEPS
-    ],
-    ids=lambda file: file.name,
-)
+@pytest.mark.parametrize("file", SWEEPS, ids=lambda file: file.name)
 def test_every_sweep_declares_members_that_are_valid(file):
     sweep, config = load_sweep(str(file), [], None)
     assert len({member.folder for member in sweep.members()}) == len(sweep.members())

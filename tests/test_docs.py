@@ -121,3 +121,16 @@ def test_links_in_the_docs_lead_somewhere(page):
             titles = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
             slugs = [re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles]
             assert anchor in slugs, (target, anchor)
+
+
+def test_the_layout_names_every_file_of_the_larger_packages():
+    text = (ROOT / "docs" / "layout.md").read_text()
+    packages = ("core", "linen", "step", "statistics", "training", "sweeps")
+    named = set(re.findall(rf"`((?:{'|'.join(packages)})/\w+\.py)`", text))
+    files = {
+        f"{package}/{file.name}"
+        for package in packages
+        for file in (ROOT / "mbn_jax" / package).glob("*.py")
+        if file.name != "__init__.py"
+    }
+    assert named == files
