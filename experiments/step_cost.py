@@ -12,7 +12,7 @@ row is the first once more: what noise alone makes.
 
 On a CPU pin the process to a core (taskset -c 0): it is steadier, and hardly slower. With
 `--tpu=v5e:2x2` the steps are compiled for a TPU that need not be there, and not run; it needs
-libtpu (`pip install '.[tpu]'`). `--torch` runs PyTorch's step too, where that is installed.
+libtpu (`pip install '.[train,tpu]'`). `--torch` runs PyTorch's step too, where that is installed.
 """
 
 import argparse
