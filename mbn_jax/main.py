@@ -14,9 +14,9 @@ import jax
 from absl import logging
 
 from mbn_jax.errors import UserError
+from mbn_jax.extras import require_train_extra
 from mbn_jax.parallel.hosts import HEARTBEAT_TIMEOUT, join_hosts
 from mbn_jax.parallel.preemption import StoppedError, stop_on_sigterm
-from mbn_jax.training.config_files import parse_config
 
 EXAMPLE_CONFIG = "configs/digits.py"
 EXAMPLE = f"mbn-train --config={EXAMPLE_CONFIG} --workdir=runs/digits"
@@ -87,6 +87,8 @@ run it again, 130 interrupted.""",
             f"--workdir is missing, the folder for what the run writes; for example: {EXAMPLE}"
         )
     workdir = _folder(args.workdir)
+    from mbn_jax.training.config_files import parse_config
+
     config = parse_config(args.config, overrides)
     join_hosts(
         args.distributed,
@@ -250,6 +252,7 @@ def _run(command: Callable[[Sequence[str]], int], name: str) -> None:
     logging.set_verbosity(logging.WARNING)
     _keep_compiled_programs()
     try:
+        require_train_extra()
         status = command(sys.argv[1:])
     except UserError as error:
         print(f"{name}: {error}", file=sys.stderr)
