@@ -30,6 +30,6 @@ def require_train_extra() -> None:
     missing = [name for name in TRAIN_PACKAGES if importlib.util.find_spec(name) is None]
     if missing:
         raise UserError(
-            f"{', '.join(missing)} not found; this command needs the extra 'train': "
-            "pip install 'mbn-jax[train]'"
+            "this command needs the extra 'train': pip install 'mbn-jax[train]' "
+            f"(not found: {', '.join(missing)})"
         )

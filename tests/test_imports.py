@@ -138,7 +138,7 @@ for name in ("train", "eval", "sweep", "report"):
     ended = subprocess.run(command, check=True, capture_output=True, text=True, cwd=ROOT)
     assert ended.stdout == "2\n2\n2\n2\n"
     assert ended.stderr == "".join(
-        f"mbn-{name}: {', '.join(missing)} not found; this command needs the extra 'train': "
-        "pip install 'mbn-jax[train]'\n"
+        f"mbn-{name}: this command needs the extra 'train': pip install 'mbn-jax[train]' "
+        f"(not found: {', '.join(missing)})\n"
         for name in ("train", "eval", "sweep", "report")
     )
