@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from absl import logging
 
 from mbn_jax.errors import ExitStatus, StoppedError, UserError
+from mbn_jax.extras import require_train_extra
 from mbn_jax.streams import make_streams_unbreakable
 from mbn_jax.sweeps.arguments import report_command, sweep_command
 from mbn_jax.training.eval_command import eval_command
@@ -20,6 +21,7 @@ def _run(name: str, command: Callable[[Sequence[str]], int]) -> None:
     make_streams_unbreakable()
     logging.set_verbosity(logging.WARNING)
     try:
+        require_train_extra()
         status = command(sys.argv[1:])
     except UserError as error:
         _tell(f"{name}: {error}")

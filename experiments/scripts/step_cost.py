@@ -12,7 +12,7 @@ repeats the first: it shows the noise.
 
 On a CPU pin the process to a core (taskset -c 0): it is steadier, and hardly slower. With
 `--tpu=v5e:2x2` the steps are compiled for a TPU, without needing one, and not run; it needs libtpu
-(`pip install '.[tpu]'`). `--torch` runs PyTorch's step too, if it is installed. Result:
+(`pip install '.[train,tpu]'`). `--torch` runs PyTorch's step too, if it is installed. Result:
 docs/results/cost.md.
 """
 
