@@ -349,6 +349,7 @@ def test_a_run_is_recalibrated_after_it_too(config, tmp_path):
     assert recalibrated["loss"] == pytest.approx(values["recalibrated_test_loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_network_that_keeps_less_is_trained_measured_and_recalibrated(config, tmp_path):
     values = {}
     config.recalibrate_batches = 1
@@ -491,6 +492,7 @@ def test_random_crops_on_the_host_train_alike_by_threads_and_by_processes(config
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_one_device_and_eight_give_the_same_run(config, tmp_path):
     config.num_epochs = 0.3
     script = tmp_path / "config.py"
@@ -498,8 +500,9 @@ def test_one_device_and_eight_give_the_same_run(config, tmp_path):
         "import json\nfrom ml_collections import ConfigDict\n"
         f"def get_config():\n  return ConfigDict(json.loads({config.to_json()!r}))\n"
     )
+    # Compiled without optimization, as in this process.
     for devices in (1, 8):
-        flags = f"--xla_force_host_platform_device_count={devices}"
+        flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
         command = [sys.executable, "-W", "error", "-m", "mbn_jax.main"]
         subprocess.run(
             [*command, f"--config={script}", f"--workdir={tmp_path / str(devices)}"],
