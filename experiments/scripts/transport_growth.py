@@ -30,8 +30,8 @@ from flax import traverse_util
 from ml_collections import ConfigDict
 from scipy import stats
 
+from mbn_jax.core.double_forward import BATCH_MOMENTS, FIRST_BATCH_MOMENTS, RECORDS
 from mbn_jax.core.moments import Moments
-from mbn_jax.core.records import BATCH_MOMENTS, FIRST_BATCH_MOMENTS
 from mbn_jax.core.transport import transport
 from mbn_jax.parallel.devices import first_device, map_over_devices, replicate
 from mbn_jax.training.config_files import parse_config
@@ -123,7 +123,8 @@ class Observer:
 def _by_layer(recorded) -> dict[str, Moments]:
     """Returns what layers that are called once have recorded."""
     calls = traverse_util.flatten_dict(recorded, sep="/")
-    return {path: moments for path, (moments,) in calls.items() if path.endswith("/moments")}
+    records = {path: call for path, (call,) in calls.items() if path.endswith(f"/{RECORDS}")}
+    return {path: record.batch for path, record in records.items()}
 
 
 def factor(start: Moments, moved: Moments, now: Moments, epsilon: float) -> np.ndarray:
