@@ -2,6 +2,8 @@
 
 import functools
 
+from runs import write_config
+
 from mbn_jax.training.config import default_config
 from mbn_jax.training.program import Programs
 
@@ -24,10 +26,7 @@ def experiment(folder, data_dir, axes, *, seeds=1, extra="", **fields):
             **fields,
         }
     )
-    (folder / "config.py").write_text(
-        "import json\nfrom ml_collections import ConfigDict\n"
-        f"def get_config():\n  return ConfigDict(json.loads({config.to_json()!r}))\n"
-    )
+    write_config(config, folder / "config.py")
     path = folder / "experiment.py"
     path.write_text(
         "import numpy as np\n"

@@ -1,1 +1,1 @@
-"""Numerics: pure functions on arrays, with jax and numpy alone."""
+"""Numerics of the layers: pure functions on arrays, with jax alone."""

@@ -23,8 +23,8 @@ BATCH_MOMENTS = "batch_moments"
 FIRST_BATCH_MOMENTS = "first_batch_moments"
 """Read-only collection with the `BATCH_MOMENTS` of the step's first forward.
 
-A layer that finds it moves its memory by the shift between the two forwards. Only within
-`forwards_of` a second forward of another kind it does what that one asks for.
+Inside `forwards_of(second)` a layer that finds it does what `second` says; elsewhere it moves its
+memory by the shift between the two forwards, as in 'transport'.
 """
 
 RECORDS = "records"

@@ -39,7 +39,8 @@ def memory_weights(
     dtype = count.dtype
     age = newest_age + jnp.arange(count.shape[0]).reshape((-1,) + (1,) * (count.ndim - 1))
     weight = jnp.asarray(decay, dtype) ** age.astype(dtype)
-    # As floats, because a size that a schedule gives need not be whole.
+    # As floats, because a scheduled size need not be whole. With newest_age=1 the last slot is the
+    # one that a new batch drops.
     in_use = (age.astype(dtype) < jnp.asarray(memory_size, dtype)) & (age < count.shape[0])
     return jnp.where((count > 0) & in_use, weight, 0)
 
@@ -178,7 +179,7 @@ class Slots:
         return pool(slots, weights)
 
     def oldest(self, slots: Moments) -> Moments:
-        """Returns the slot that leaves the pool when a batch is pushed, weighed likewise."""
+        """Returns the slot that leaves the pool when a batch is pushed, with its weight as `count`."""
         size = jnp.asarray(jnp.ceil(self.memory_size), jnp.int32)
         oldest = jnp.minimum(size, slots.count.shape[0]) - 1
         slot = Moments(*(value[oldest] for value in slots))

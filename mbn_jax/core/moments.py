@@ -1,4 +1,4 @@
-"""Moments of batches, how they pool over groups, and how an update moves them.
+"""Moments of batches, and how they pool over groups.
 
 Pure functions on arrays: no module, no state, no configuration. Shapes are written with `F` for the
 feature shape (usually `(channels,)`) and `k` for the number of slots in a memory.

@@ -1,4 +1,4 @@
-"""Normalization by statistics of batches: what the layers for every Flax API share."""
+"""Normalization by statistics of batches: the numerics of every layer."""
 
 import dataclasses
 import math
@@ -57,7 +57,7 @@ class NormOptions:
 
         Args:
           layer: the layer.
-          name: its name in its model; '' for a layer on its own.
+          name: its path in its model; '' for a layer on its own.
           synced: whether statistics are synced now; initialization needs no named axis.
         """
         names = (field.name for field in dataclasses.fields(cls) if field.name != "layer")

@@ -5,13 +5,13 @@ import jax.numpy as jnp
 from mbn_jax.core.moments import Moments, is_usable
 
 MAX_SHIFT = 1.0
-"""Of the mean by one update, in standard deviations of the batch, that a memory follows."""
+"""Largest shift of the mean in one update that a memory follows, in standard deviations."""
 
 MAX_SCALE = 2.0
-"""Of the variance by one update, and its reciprocal, likewise."""
+"""Largest factor, up or down, by which one update may scale the variances of a memory."""
 
 MIN_VALUES_OF_SHIFT = 5
-"""Of a feature in a batch: from fewer, its shift is more noise than shift, and moves nothing."""
+"""Fewest values of a feature whose shift moves a memory; the shift of fewer is mostly noise."""
 
 
 def transport(slots: Moments, before: Moments, after: Moments, epsilon: float) -> Moments:

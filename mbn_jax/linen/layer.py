@@ -17,11 +17,11 @@ def check_axis_groups(layer: Any) -> None:
 
 def options_of(layer: Any) -> NormOptions:
     """Returns a layer's options; initialization needs no named axis."""
-    return NormOptions.of(layer, layer.name or "", synced=not layer.is_initializing())
+    return NormOptions.of(layer, "/".join(layer.path), synced=not layer.is_initializing())
 
 
 def is_inference(layer: Any, use_running_average: bool | None) -> bool:
-    """Returns the flag, which is given once: as an attribute or in the call."""
+    """Returns whether this is inference; either the attribute or the argument says so."""
     return nn.merge_param("use_running_average", layer.use_running_average, use_running_average)
 
 

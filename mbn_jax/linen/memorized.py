@@ -215,7 +215,8 @@ def _memory(
         if not inference and jnp.finfo(variable.value.dtype).bits < jnp.finfo(dtype).bits:
             raise ValueError(
                 f"{options.layer} expected a memory of {dtype}, got {variable.value.dtype}; "
-                "leave batch_stats out of a policy that casts variables."
+                "initialize it with inputs of this dtype, and leave batch_stats out of a policy "
+                "that casts variables."
             )
     is_complex = jnp.issubdtype(dtypes[0], jnp.complexfloating)
     if is_complex and not jnp.iscomplexobj(variables[0].value):
@@ -252,6 +253,12 @@ def _first_forward(layer: MemorizedBatchNorm) -> FirstForward | None:
     """Returns what the first forward of this step recorded for this call, if anything."""
     if not layer.has_variable(FIRST_BATCH_MOMENTS, RECORDS):
         return None
+    if not layer.is_mutable_collection(BATCH_MOMENTS):
+        raise ValueError(
+            f"{options_of(layer).layer} finds {FIRST_BATCH_MOMENTS!r} and cannot count its calls; "
+            f"make {BATCH_MOMENTS!r} mutable in this apply too, and name both collections in the "
+            "variable_axes of lifted transforms."
+        )
     records: tuple[Record, ...] = layer.get_variable(FIRST_BATCH_MOMENTS, RECORDS)
     return FirstForward(records, len(layer.get_variable(BATCH_MOMENTS, RECORDS, ())))
 

@@ -30,7 +30,7 @@ class VirtualBatches(nn.Module):
     Attributes:
       norm: makes a layer that keeps `batch_stats`, as `flax.linen.BatchNorm`; called with
         `use_running_average`.
-      num_groups: in which the batch of a device is cut; must divide it in training.
+      num_groups: number of groups that the batch of a device is cut into; must divide it in training.
       use_running_average: as of the layer, here or in the call.
 
     Raises:

@@ -6,11 +6,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import linen as nn
-from jax import lax
+from flax.core import tracers
 
 from mbn_jax.core.double_forward import BATCH_MOMENTS
-from mbn_jax.core.moments import AxisName
 
 PyTree = Any
 
@@ -22,7 +20,7 @@ class BoundApply:
 
     Each call starts from the statistics that the call before wrote, so that a loss which applies
     the model twice (to real and generated images, to both inputs of a siamese network) records both
-    batches.
+    batches. Calls that write no statistics (`train=False`) change nothing.
     """
 
     def __init__(
@@ -45,47 +43,70 @@ class BoundApply:
         """
         self._apply_fn = apply_fn
         self._variables = dict(variables)
-        # What each call takes over from the one before.
-        self._statistics = ["batch_stats", *([BATCH_MOMENTS] if records else [])]
-        self._mutable = [*self._statistics, *mutable]
+        self._mutable = ["batch_stats", *([BATCH_MOMENTS] if records else []), *mutable]
         self._rngs = dict(rngs)
-        self.updates: list[PyTree] = []
+        self._trace = tracers.current_trace()
+        self._calls = 0
+        self.outdated = [self.batch_stats]
+
+    @property
+    def batch_stats(self) -> PyTree:
+        """The statistics after the calls so far."""
+        return self._variables.get("batch_stats", {})
+
+    @property
+    def records(self) -> PyTree:
+        """What the layers recorded in the calls so far."""
+        return self._variables.get(BATCH_MOMENTS, {})
 
     def __call__(self, *args: Any, **kwargs: Any) -> tuple[Any, PyTree]:
         """Applies the model; returns (outputs, updates)."""
+        bound = {"mutable", "rngs"} & set(kwargs)
+        if bound:
+            raise ValueError(
+                f"apply of loss_fn has {', '.join(sorted(bound))} bound already; leave it out, and "
+                "name further collections or streams in make_train_step (mutable, rng_names)."
+            )
         rngs = self._rngs
-        if self.updates:
-            rngs = {name: jax.random.fold_in(key, len(self.updates)) for name, key in rngs.items()}
+        if self._calls:
+            rngs = {name: jax.random.fold_in(key, self._calls) for name, key in rngs.items()}
+        self._calls += 1
         outputs, updates = self._apply_fn(
             self._variables, *args, mutable=self._mutable, rngs=rngs, **kwargs
         )
         updates = dict(updates)
-        self._variables |= self.statistics_in(updates)
-        self.updates.append(updates)
+        written = updates.get("batch_stats", {})
+        if not is_same(written, self.batch_stats):
+            if tracers.current_trace() != self._trace:
+                raise ValueError(
+                    "loss_fn applies the model in training mode inside of jax.jit, jax.checkpoint, "
+                    "jax.grad, jax.vmap or a loop of jax.lax, where its statistics could be lost. "
+                    "Apply it outside of them; inside of the model nn.remat, nn.jit, nn.vmap and "
+                    "nn.scan are fine, and so is train=False anywhere."
+                )
+            self.outdated.append(written)
+            self._variables["batch_stats"] = written
+        if BATCH_MOMENTS in updates:
+            self._variables[BATCH_MOMENTS] = updates[BATCH_MOMENTS]
         return outputs, updates
-
-    def statistics_in(self, updates: PyTree) -> dict[str, PyTree]:
-        """Returns the statistics and records among the updates."""
-        return {name: updates[name] for name in self._statistics if name in updates}
 
 
 def run_loss(
-    loss_fn: Callable, apply: BoundApply, batch: PyTree, batch_stats: PyTree, *, frozen: bool
+    loss_fn: Callable, apply: BoundApply, batch: PyTree, *, frozen: bool
 ) -> tuple[jax.Array, tuple[dict[str, jax.Array], dict[str, PyTree]]]:
     """Calls `loss_fn` and checks what it returns, while it is traced.
 
     Args:
       loss_fn: as `make_train_step` takes it.
-      apply: the bound model.
+      apply: the bound model, not called yet.
       batch: what `loss_fn` is called with.
-      batch_stats: the statistics that the forward started from.
-      frozen: whether no layer has to write statistics.
+      frozen: True: no error where no layer writes statistics.
 
     Returns:
-      The loss, the metrics, and the statistics and records that the model wrote.
+      The loss, the metrics, and 'batch_stats' with the records of the layers.
 
     Raises:
-      ValueError: in a sentence, for anything that would lose statistics without a word.
+      ValueError: if the return value is malformed, or would drop statistics.
     """
     with _explained_errors():
         returned = loss_fn(apply, batch)
@@ -106,14 +127,15 @@ def run_loss(
     if jnp.ndim(loss):
         raise ValueError(f"The loss must be a scalar, got shape {jnp.shape(loss)}; average it.")
     _check_metrics(metrics)
-    if jax.tree.leaves(batch_stats):
-        _check_updates(updates, apply.updates, batch_stats, frozen)
+    if jax.tree.leaves(apply.outdated[0]):
+        _check_updates(updates, apply, frozen)
     elif jax.tree.leaves(updates.get("batch_stats", {})):
         raise ValueError(
             "The model wrote batch_stats, and the TrainState has none; create it from all that "
             "model.init returned."
         )
-    return loss, (dict(metrics), apply.statistics_in(updates))
+    statistics = {BATCH_MOMENTS: apply.records, "batch_stats": updates.get("batch_stats", {})}
+    return loss, (dict(metrics), statistics)
 
 
 def _check_metrics(metrics: Mapping[str, Any]) -> None:
@@ -124,43 +146,47 @@ def _check_metrics(metrics: Mapping[str, Any]) -> None:
     if "batch_stats" in metrics:
         raise ValueError(f"{EXPECTED}, got the updates in place of the metrics; swap them.")
     for name, value in metrics.items():
-        if not jax.tree_util.all_leaves([value]) or jnp.ndim(value):
+        is_number = jax.tree_util.all_leaves([value]) and hasattr(
+            value, "dtype"
+        ) or isinstance(value, int | float)
+        if not is_number or jnp.ndim(value):
             raise ValueError(f"The metric {name!r} must be a scalar, got {_described(value)}.")
 
 
-def _check_updates(
-    updates: Mapping[str, Any], applied: Sequence[PyTree], batch_stats: PyTree, frozen: bool
-) -> None:
+def _check_updates(updates: Mapping[str, Any], apply: BoundApply, frozen: bool) -> None:
     """Raises ValueError where the handed-back statistics are not those that the model wrote."""
-    if not applied:
-        raise ValueError(f"{EXPECTED}; loss_fn never called apply, so no statistics were written.")
+    before = apply.outdated[0]
     if "batch_stats" not in updates:
         raise ValueError(
             "The updates of loss_fn must hold 'batch_stats', as the updates of apply do; got "
             f"{sorted(updates) or 'no collection'}. Hand back the updates as apply returned them."
         )
     written = updates["batch_stats"]
-    if jax.tree.map(jnp.shape, written) != jax.tree.map(jnp.shape, batch_stats):
+
+    def described(x: Any) -> tuple:
+        return jnp.shape(x), jnp.result_type(x)
+
+    if jax.tree.map(described, written) != jax.tree.map(described, before):
         raise ValueError(
-            "The batch_stats of loss_fn's updates must have the layers and shapes of the "
+            "The batch_stats of loss_fn's updates must have the layers, shapes and dtypes of the "
             "TrainState's; start from the variables of the same model, and hand back the updates "
-            "of one apply, not a stack of several."
+            "of one apply as they are, not a stack of several."
         )
-    for earlier in applied[:-1]:
-        if _is_same(written, earlier.get("batch_stats")):
+    if is_same(written, apply.batch_stats):
+        if not frozen and is_same(written, before):
             raise ValueError(
-                "loss_fn applies the model several times and handed back the updates of an earlier "
-                "apply; hand back those of the last one, which hold all statistics."
+                "No layer wrote statistics: loss_fn must apply the model in training mode "
+                "(train=True, or use_running_average=False). To train around frozen statistics, "
+                "give make_train_step frozen_statistics=True."
             )
-    if not frozen and _is_same(written, batch_stats):
+    elif any(is_same(written, earlier) for earlier in apply.outdated):
         raise ValueError(
-            "No layer wrote statistics: loss_fn must apply the model in training mode (train=True, "
-            "or use_running_average=False). To train around frozen statistics, give "
-            "make_train_step frozen_statistics=True."
+            "loss_fn applies the model several times and handed back the updates of an earlier "
+            "apply; hand back those of the last one, which hold all statistics."
         )
 
 
-def _is_same(tree: PyTree, other: PyTree) -> bool:
+def is_same(tree: PyTree, other: PyTree) -> bool:
     """Returns whether two trees hold the very same arrays."""
     leaves, others = jax.tree.leaves(tree), jax.tree.leaves(other)
     return len(leaves) == len(others) and all(a is b for a, b in zip(leaves, others, strict=True))
@@ -198,79 +224,3 @@ def _explained_errors() -> Iterator[None]:
             "and nn.switch to call the same layers with statistics; use 'rewrite', or move the "
             "layers out of the branches."
         ) from error
-
-
-def check_axis_bound(axis_name: AxisName | None) -> None:
-    """Raises ValueError where the step's named axis is not bound."""
-    if axis_name is None:
-        return
-    try:
-        lax.axis_index(axis_name)
-    except NameError as error:
-        raise ValueError(
-            f"axis_name={axis_name!r} of make_train_step is not bound; map the step over it with "
-            "jax.pmap(step, axis_name=...) or jax.shard_map, or leave axis_name out."
-        ) from error
-
-
-@contextlib.contextmanager
-def axes_of_layers() -> Iterator[dict[str, Any]]:
-    """Collects the named axes of the linen layers with batch statistics that are called within.
-
-    Yields:
-      For each layer, by path, its (axis_name, axis_index_groups); filled while a forward is traced.
-    """
-    found: dict[str, Any] = {}
-
-    def interceptor(call, args, kwargs, context):
-        module = context.module
-        if context.method_name == "__call__" and all(
-            hasattr(module, name) for name in ("axis_name", "axis_index_groups", "axis")
-        ):
-            path = "/".join(module.path) or type(module).__name__
-            if module.has_variable("batch_stats", "mean"):
-                found[path] = (module.axis_name, module.axis_index_groups)
-        return call(*args, **kwargs)
-
-    with nn.intercept_methods(interceptor):
-        yield found
-
-
-def check_axes(
-    layers: Mapping[str, Any], axis_name: AxisName | None, *, local_statistics: bool
-) -> None:
-    """Checks that step and layers mean the same devices.
-
-    Args:
-      layers: from `axes_of_layers`.
-      axis_name: the step's.
-      local_statistics: whether each device may keep statistics of its own.
-
-    Raises:
-      ValueError: naming the layers.
-    """
-    names = {name for name, _ in layers.values() if name is not None}
-    for name in sorted(names - {axis_name}, key=str):
-        if axis_name is None and _is_bound(name):
-            raise ValueError(
-                f"The layers sync over {name!r}, and make_train_step has no axis_name: gradients "
-                f"would differ between devices; give it axis_name={name!r}."
-            )
-    if axis_name is None or local_statistics:
-        return
-    local = sorted(path for path, (name, groups) in layers.items() if name is None or groups)
-    if local:
-        raise ValueError(
-            f"make_train_step has axis_name={axis_name!r}, and these layers keep statistics of "
-            f"their own on each device: {', '.join(local)}. Give the layers the same axis_name to "
-            "sync them, or give make_train_step local_statistics=True and pool the batch_stats of "
-            "all devices before inference (mbn_jax.pool_batch_stats)."
-        )
-
-
-def _is_bound(axis_name: AxisName) -> bool:
-    try:
-        lax.axis_index(axis_name)
-    except NameError:
-        return False
-    return True

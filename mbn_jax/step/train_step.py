@@ -22,13 +22,8 @@ from mbn_jax.core.double_forward import (
     forwards_of,
 )
 from mbn_jax.core.moments import AxisName
-from mbn_jax.step.forward import (
-    BoundApply,
-    axes_of_layers,
-    check_axes,
-    check_axis_bound,
-    run_loss,
-)
+from mbn_jax.step.axes import LayerCall, check_axes, check_axis_bound, layer_calls
+from mbn_jax.step.forward import BoundApply, run_loss
 from mbn_jax.step.state import TrainState
 
 PyTree = Any
@@ -81,7 +76,7 @@ def make_train_step(
         metrics are averaged. Statistics are not: a layer built with `axis_name` syncs its own.
       local_statistics: whether each device may keep statistics of its own (layers without
         `axis_name`, or with `axis_index_groups`). Pool them over devices before inference.
-      frozen_statistics: whether no layer has to write statistics: training around frozen norms.
+      frozen_statistics: True: no error where no layer writes statistics (all norms are frozen).
       mutable: further collections that the model may write, such as sown auxiliary losses.
         `loss_fn` finds them in the updates of each apply; the step keeps none of them.
       rng_names: random streams that the model draws from in training.
@@ -115,6 +110,7 @@ def make_train_step(
     (1, 2.0)
     """
     second = SecondForward(double_forward, double_forward_fraction)
+    mutable, rng_names = _names(mutable), _names(rng_names)
     extra_names = _extra_arguments(tx)
 
     def train_step(state: TrainState, batch: PyTree) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -127,12 +123,12 @@ def make_train_step(
         def forward(params: PyTree, batch: PyTree, **collections: PyTree):
             variables = {"params": params, "batch_stats": state.batch_stats, **collections}
             apply = BoundApply(apply_fn, variables, mutable, rngs, records=second.needs_records)
-            return run_loss(loss_fn, apply, batch, state.batch_stats, frozen=frozen_statistics)
+            return run_loss(loss_fn, apply, batch, frozen=frozen_statistics)
 
-        with forwards_of(second, size), axes_of_layers() as axes:
+        with forwards_of(second, size), layer_calls() as calls:
             first_forward = jax.value_and_grad(forward, has_aux=True)
             (loss, (metrics, first)), grads = first_forward(state.params, batch)
-        check_axes(axes, axis_name, local_statistics=local_statistics)
+        check_axes(calls, axis_name, local_statistics=local_statistics)
         # As floats, because lax.pmean would turn integers into them on some paths only.
         metrics = {k: jnp.asarray(v, jnp.float32) for k, v in {"loss": loss, **metrics}.items()}
         if axis_name is not None:
@@ -152,20 +148,24 @@ def make_train_step(
             if second.is_partial:
                 seen = jax.tree.map(lambda x: x[: second.num_examples(size)], batch)
             if second.needs_records:
-                records = {FIRST_BATCH_MOMENTS: first.get(BATCH_MOMENTS, {})}
+                records = {FIRST_BATCH_MOMENTS: first[BATCH_MOMENTS]}
             with forwards_of(second):
                 _, (_, written) = forward(params, seen, **records)
             if second.needs_records:
-                _check_first_used(state.batch_stats, first, written, second)
+                _check_first_used(state.batch_stats, first, written, second, calls)
         state = state.replace(
             step=state.step + 1,
             params=params,
-            batch_stats=written.get("batch_stats", state.batch_stats),
+            batch_stats=written["batch_stats"],
             opt_state=opt_state,
         )
         return state, metrics
 
     return train_step
+
+
+def _names(names: str | Sequence[str]) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _check_state(state: Any) -> None:
@@ -250,17 +250,20 @@ def _check_first_used(
     first: Mapping[str, PyTree],
     written: Mapping[str, PyTree],
     second: SecondForward,
+    calls: Mapping[str, LayerCall],
 ) -> None:
     """Raises ValueError unless every call of every layer has used its own record."""
     records = _calls(first, RECORDS)
-    recorded = {path: len(calls) for path, calls in records.items()}
-    used = {path: len(calls) for path, calls in _calls(written, USED).items()}
-    after = layers_with_statistics(written.get("batch_stats", {}))
+    recorded = {path: len(found) for path, found in records.items()}
+    used = {path: len(found) for path, found in _calls(written, USED).items()}
+    after = layers_with_statistics(written["batch_stats"])
+    frozen = {path for path, call in calls.items() if not call.training}
     layers = {
-        path: after[path]["mean"] is not stats["mean"]  # Else it is frozen, or was not called.
+        # Else it was not called.
+        path: after[path]["mean"] is not stats["mean"] and path not in frozen
         for path, stats in layers_with_statistics(batch_stats).items()
         # A whole batch needs nothing of the first forward but to move a memory.
-        if second.is_partial or layout_of(stats).kind != "averages"
+        if second.is_partial or "rule" in stats
     }
     left = sorted(
         path
@@ -293,8 +296,10 @@ def _check_not_carried(batch_stats: PyTree, records: Mapping[str, Sequence[Any]]
     """
     carried = []
     for path, stats in layers_with_statistics(batch_stats).items():
+        if path not in records:
+            continue
         layout = layout_of(stats)
-        for record in records.get(path, ()):
+        for record in records[path]:
             leading = (layout.stacked or 0) + layout.has_groups
             if record.batch.mean.ndim != leading + (layout.feature_rank or 0):
                 carried.append(path or "the layer")

@@ -13,17 +13,16 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from jax.experimental import multihost_utils
+from runs import final_state, records, write_config
 
 from mbn_jax.core.batch_stats import pool_batch_stats
 from mbn_jax.errors import UserError
 from mbn_jax.parallel.devices import check_alike
 from mbn_jax.parallel.hosts import join_hosts, launched_processes
-from mbn_jax.training.checkpoints import Checkpoints
 from mbn_jax.training.config import default_config
 from mbn_jax.training.evaluation import evaluate_run
 from mbn_jax.training.loop import train
 from mbn_jax.training.program import Programs
-from mbn_jax.training.reporting import read_metrics
 from mbn_jax.training.workdir import CHECKPOINTS
 
 SLURM_PORTS = range(61440, 65536)
@@ -96,10 +95,7 @@ def by_slurm(processes):
 def start(hosts, config, workdirs, devices):
     """Runs `mbn-train` on hosts of so many devices each; returns (out, err, status) of each."""
     script = workdirs[0].with_suffix(".py")
-    script.write_text(
-        "import json\nfrom ml_collections import ConfigDict\n"
-        f"def get_config():\n  return ConfigDict(json.loads({config.to_json()!r}))\n"
-    )
+    write_config(config, script)
     started = []
     for i, (arguments, variables) in enumerate(hosts):
         flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count={devices[i]}"
@@ -130,25 +126,6 @@ def run_on_hosts(hosts, config, workdir, devices):
         # All hosts take part in the checkpoints.
         names = {name.split(".")[0] for name in inside} - {CHECKPOINTS}
         assert names == (set() if i else expected)
-
-
-def records(workdir):
-    return [
-        {k: v for k, v in record.items() if k != "images_per_second"}
-        for record in read_metrics(workdir)
-    ]
-
-
-def restored(programs, config, workdir):
-    """Returns the newest checkpoint as on the devices of `programs`."""
-    checkpoints = Checkpoints(workdir / CHECKPOINTS)
-    state = checkpoints.restore(
-        programs.get(config).init_state(config),
-        local_statistics=config.norm.sync != "sync",
-        devices=programs.devices,
-    )
-    checkpoints.close()
-    return jax.device_get(state.replace(key=jax.random.key_data(state.key)))
 
 
 def only_half(workdir, to):
@@ -186,11 +163,11 @@ def assert_close(state, other):
 def test_many_hosts_run_as_one(data_dir, tmp_path, runtime, sync, launched):
     config = config_of(data_dir, **{"norm.sync": sync, "runtime": runtime})
     train(config, tmp_path / "one", programs=PROGRAMS[4])
-    one = restored(PROGRAMS[4], config, tmp_path / "one")
+    one = final_state(PROGRAMS[4], config, tmp_path / "one")
     many = tmp_path / "many"
     run_on_hosts(launched(2), config, many, devices=2)
     assert_same_run(records(tmp_path / "one"), records(many))
-    assert_close(one, restored(PROGRAMS[4], config, many))
+    assert_close(one, final_state(PROGRAMS[4], config, many))
     # By eight devices of one process.
     last = records(many)[-1]
     evaluated = evaluate_run(many)
@@ -198,10 +175,10 @@ def test_many_hosts_run_as_one(data_dir, tmp_path, runtime, sync, launched):
     assert evaluated["loss"] == pytest.approx(last["test_loss"], rel=1e-4)
 
     # What several hosts wrote is resumed by one process, on as many devices and on others.
-    stats = restored(PROGRAMS[4], config, only_half(many, tmp_path / "half")).batch_stats
+    stats = final_state(PROGRAMS[4], config, only_half(many, tmp_path / "half")).batch_stats
     pooled = jax.device_get(pool_batch_stats(jax.tree.map(jnp.asarray, stats)))
     for count, programs in PROGRAMS.items():
-        state = restored(programs, config, tmp_path / "half")
+        state = final_state(programs, config, tmp_path / "half")
         for path, found in traverse_util.flatten_dict(state.batch_stats).items():
             of_4, of_all = (traverse_util.flatten_dict(tree)[path] for tree in (stats, pooled))
             of_all = of_4[0] if sync == "sync" else of_all
@@ -221,8 +198,8 @@ def test_hosts_resume_what_one_process_started_and_share_groups(data_dir, tmp_pa
     many = only_half(tmp_path / "one", tmp_path / "many")
     run_on_hosts(by_flags(4), config, many, devices=1)
     assert_same_run(records(tmp_path / "one"), records(many))
-    state = restored(PROGRAMS[4], config, many)
-    assert_close(restored(PROGRAMS[4], config, tmp_path / "one"), state)
+    state = final_state(PROGRAMS[4], config, many)
+    assert_close(final_state(PROGRAMS[4], config, tmp_path / "one"), state)
     means = state.batch_stats["MemorizedBatchNorm_0"]["mean"]
     assert (means[0] == means[1]).all()
     assert (means[1] != means[2]).any()

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 import reference
+from stepping import loss_fn
 
 from mbn_jax import MemorizedBatchNorm, TrainState, make_train_step
 from mbn_jax.core.batch_stats import inference_statistics, pool_batch_stats
@@ -44,11 +45,6 @@ class Net(nn.Module):
         x = nn.relu(self.norm(use_running_average=not train)(nn.Dense(6)(x)))
         x = nn.relu(self.norm(use_running_average=not train)(nn.Dense(4)(x)))
         return nn.Dense(3)(x)
-
-
-def loss_fn(apply, x):
-    y, updates = apply(x, train=True)
-    return ((y - 1) ** 2).mean(), ({}, updates)
 
 
 def data(count=5, size=16, seed=0):

@@ -3,7 +3,6 @@
 import functools
 import json
 import os
-import pathlib
 import pickle
 import subprocess
 import sys
@@ -12,6 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import runs
+from runs import assert_same_bits, records, write_config
 
 from mbn_jax.core.batch_stats import pool_batch_stats
 from mbn_jax.errors import UserError
@@ -28,7 +29,6 @@ from mbn_jax.training.loop import run_title
 from mbn_jax.training.loop import train as train_anew
 from mbn_jax.training.passes import evaluate, input_moments
 from mbn_jax.training.program import Programs
-from mbn_jax.training.reporting import read_metrics
 from mbn_jax.training.steps import BatchStack, build_train_step
 from mbn_jax.training.task import Task
 from mbn_jax.training.workdir import CHECKPOINTS
@@ -38,6 +38,7 @@ PROGRAMS = Programs()
 """Of all tests: compiling takes longer than running."""
 
 train = functools.partial(train_anew, programs=PROGRAMS)
+final_state = functools.partial(runs.final_state, PROGRAMS)
 
 
 @pytest.fixture
@@ -55,24 +56,6 @@ def config(data_dir):
     config.eval_every_steps = 20
     config.checkpoint_every_steps = 10
     return config
-
-
-def records(workdir):
-    return [{k: v for k, v in r.items() if k not in TIMES} for r in read_metrics(workdir)]
-
-
-def final_state(config, workdir):
-    checkpoints = Checkpoints(pathlib.Path(workdir) / CHECKPOINTS)
-    program = PROGRAMS.get(config)
-    state = checkpoints.restore(
-        program.init_state(config), local_statistics=program.task.local_statistics
-    )
-    checkpoints.close()
-    return jax.device_get(state.replace(key=jax.random.key_data(state.key)))
-
-
-def assert_same_bits(a, b):
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y, strict=True), a, b)
 
 
 def kill_after(monkeypatch, saves):
@@ -496,10 +479,7 @@ def test_random_crops_on_the_host_train_alike_by_threads_and_by_processes(config
 def test_one_device_and_eight_give_the_same_run(config, tmp_path):
     config.num_epochs = 0.3
     script = tmp_path / "config.py"
-    script.write_text(
-        "import json\nfrom ml_collections import ConfigDict\n"
-        f"def get_config():\n  return ConfigDict(json.loads({config.to_json()!r}))\n"
-    )
+    write_config(config, script)
     # Compiled without optimization, as in this process.
     for devices in (1, 8):
         flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")

@@ -14,10 +14,10 @@ import time
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import pandas as pd
 import pytest
+from runs import assert_same_bits, final_state, records, write_config
 
 from mbn_jax.errors import UserError
 from mbn_jax.parallel.devices import replicate
@@ -69,27 +69,9 @@ def small(config):
     return config
 
 
-def records(workdir):
-    return [
-        {k: v for k, v in record.items() if k != "images_per_second"}
-        for record in read_metrics(workdir)
-    ]
-
-
-def final_state(config, workdir):
-    program = ONE_DEVICE.get(config)
-    checkpoints = Checkpoints(workdir / CHECKPOINTS)
-    state = checkpoints.restore(
-        program.init_state(config), local_statistics=False, devices=ONE_DEVICE.devices
-    )
-    checkpoints.close()
-    return jax.device_get(state.replace(key=jax.random.key_data(state.key)))
-
-
 def assert_same_run(config, a, b):
     assert records(a) == records(b)
-    states = final_state(config, a), final_state(config, b)
-    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y, strict=True), *states)
+    assert_same_bits(*(final_state(ONE_DEVICE, config, workdir) for workdir in (a, b)))
 
 
 @pytest.fixture(scope="module")
@@ -290,13 +272,6 @@ signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (6 * 1024, resource.RLIM_INFINITY))
 """
 """Makes every write beyond 6 KiB of a file fail, as one to a full disk does."""
-
-
-def write_config(config, path):
-    path.write_text(
-        "import json\nfrom ml_collections import ConfigDict\n"
-        f"def get_config():\n  return ConfigDict(json.loads({config.to_json()!r}))\n"
-    )
 
 
 STARTED = []

@@ -1,6 +1,7 @@
 """A workdir has one writer, resumes under what may change, and reads what older versions wrote."""
 
 import asyncio
+import functools
 import gc
 import json
 import logging
@@ -16,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import runs
+from runs import assert_same_bits, write_config
 
 from mbn_jax.errors import ExitStatus, UserError
 from mbn_jax.main import train_command
@@ -34,6 +37,7 @@ from mbn_jax.training.reporting import METRICS, Reporter, check_records, read_me
 from mbn_jax.training.workdir import CHECKPOINTS, CONFIG, load_config
 
 ONE_DEVICE = Programs(jax.devices()[:1])
+final_state = functools.partial(runs.final_state, ONE_DEVICE)
 
 
 @pytest.fixture(scope="module")
@@ -73,25 +77,6 @@ def run(finished, tmp_path):
     return pathlib.Path(shutil.copytree(finished, tmp_path / "run"))
 
 
-def final_state(config, workdir, **options):
-    checkpoints = Checkpoints(workdir / CHECKPOINTS)
-    fresh = ONE_DEVICE.get(config).init_state(config)
-    state = checkpoints.restore(
-        fresh, local_statistics=False, devices=ONE_DEVICE.devices, **options
-    )
-    checkpoints.close()
-    return first_device(state)
-
-
-def assert_same(a, b):
-    def same(x, y):
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-            x, y = jax.random.key_data(x), jax.random.key_data(y)
-        np.testing.assert_array_equal(x, y)
-
-    jax.tree.map(same, a, b)
-
-
 HOLD = """
 import pathlib, sys, time
 from mbn_jax.training.lock import only_writer
@@ -109,10 +94,7 @@ def test_a_second_writer_is_told_who_the_first_one_is(run, config, monkeypatch):
         assert process.stdout.readline() == "held\n"
         before = (run / METRICS).read_bytes()
         path = run.parent / "config.py"
-        path.write_text(
-            "import json\nfrom ml_collections import ConfigDict\n"
-            f"def get_config():\n  return ConfigDict(json.loads({config.to_json()!r}))\n"
-        )
+        write_config(config, path)
         told = rf"Another process writes to .*: process {process.pid} on host \S+, since 20\d\d-"
         for _ in range(2):  # The one that is refused leaves the words of the first.
             with pytest.raises(UserError, match=told):
@@ -201,7 +183,7 @@ def test_a_finished_run_is_lengthened_to_that_which_it_would_have_been(run, conf
     longer = changed(config, num_epochs=3.0)
     assert train(longer, run, programs=ONE_DEVICE)["step"] == 12
     train(longer, tmp_path / "whole", programs=ONE_DEVICE)
-    assert_same(final_state(longer, run), final_state(longer, tmp_path / "whole"))
+    assert_same_bits(final_state(longer, run), final_state(longer, tmp_path / "whole"))
     assert evaluate_run(run)["step"] == 12
     with pytest.raises(UserError, match=r"another config \(num_epochs was 3.0 and is 2.0\)"):
         train(config, run, programs=ONE_DEVICE)
@@ -235,7 +217,7 @@ def test_a_run_starts_with_the_weights_of_another(finished, config, tmp_path):
     values = train(other, tmp_path / "run", programs=ONE_DEVICE)
     assert values["step"] == 1
     found, source = final_state(other, tmp_path / "run"), final_state(config, finished)
-    assert_same(found.params, source.params)
+    assert_same_bits(found.params, source.params)
     assert jax.random.key_data(found.key).tolist() != jax.random.key_data(source.key).tolist()
     layer = "MemorizedBatchNorm_0"
     filled = [np.count_nonzero(s.batch_stats[layer]["count"][:, 0]) for s in (source, found)]
@@ -296,7 +278,7 @@ def test_a_key_is_restored_as_it_was_saved_whatever_the_default_is(tmp_path, sav
         with jax.default_prng_impl(now):
             found = first_device(checkpoints.restore(small_state(), local_statistics=False))
         assert str(jax.random.key_impl(found.key)) == saved
-        assert_same(found, small_state(saved))
+        assert_same_bits(found, small_state(saved))
     checkpoints.close()
 
 
@@ -307,7 +289,7 @@ def test_a_run_resumes_and_evaluates_under_another_random_implementation(run, co
         assert evaluate_run(run)["error"] == read_metrics(run)[-1]["test_error"]
         train(longer, run, programs=programs)
     train(longer, tmp_path / "whole", programs=ONE_DEVICE)
-    assert_same(final_state(longer, run), final_state(longer, tmp_path / "whole"))
+    assert_same_bits(final_state(longer, run), final_state(longer, tmp_path / "whole"))
 
 
 def test_records_that_are_not_finite_are_json_and_come_back(tmp_path):

@@ -1,0 +1,44 @@
+"""What a run leaves (records, its last state), and config files: for tests that compare runs."""
+
+import pathlib
+
+import jax
+import numpy as np
+
+from mbn_jax.training.checkpoints import Checkpoints
+from mbn_jax.training.reporting import read_metrics
+from mbn_jax.training.workdir import CHECKPOINTS
+
+
+def records(workdir):
+    """The records of a run, times apart."""
+    return [
+        {k: v for k, v in record.items() if k != "images_per_second"}
+        for record in read_metrics(pathlib.Path(workdir))
+    ]
+
+
+def final_state(programs, config, workdir, **options):
+    """The state of a run's newest checkpoint on the host, its key as an array of integers."""
+    program = programs.get(config)
+    checkpoints = Checkpoints(pathlib.Path(workdir) / CHECKPOINTS)
+    state = checkpoints.restore(
+        program.init_state(config),
+        local_statistics=program.task.local_statistics,
+        devices=programs.devices,
+        **options,
+    )
+    checkpoints.close()
+    return jax.device_get(state.replace(key=jax.random.key_data(state.key)))
+
+
+def assert_same_bits(a, b):
+    jax.tree.map(lambda x, y: np.testing.assert_array_equal(x, y, strict=True), a, b)
+
+
+def write_config(config, path):
+    """Writes a config file that returns this very config."""
+    path.write_text(
+        "import json\nfrom ml_collections import ConfigDict\n"
+        f"def get_config():\n  return ConfigDict(json.loads({config.to_json()!r}))\n"
+    )
