@@ -143,7 +143,10 @@ def pool_batch_stats(batch_stats: PyTree) -> PyTree:
       batch_stats: nested dicts of arrays `[groups, ...]`.
 
     Returns:
-      The same without the first axis: what one network can use for inference or go on from.
+      The same without the first axis: what one network can use for inference, or continue from.
+
+    Raises:
+      ValueError: for statistics that have no axis of groups.
 
     >>> stats = {'mean': jnp.array([[0.0], [2.0]]), 'var': jnp.array([[1.0], [1.0]])}
     >>> {name: float(x[0]) for name, x in pool_batch_stats(stats).items()}
@@ -160,6 +163,11 @@ def _average(x: Array) -> Array:
 
 def _pool_layer(stats: PyTree, *, axis: int) -> PyTree:
     """Pools what one layer keeps over an axis of groups."""
+    if jnp.ndim(stats["mean"]) < 2 or ("rule" in stats and jnp.ndim(stats["rule"]) < 2):
+        raise ValueError(
+            "pool_batch_stats expected statistics [groups, ...], such as those of all devices, got "
+            f"a mean of shape {jnp.shape(stats['mean'])}; stack the groups on a first axis."
+        )
     stats = jax.tree.map(lambda x: jnp.moveaxis(x, axis, 0), dict(stats))
     mean, var = stats["mean"], stats["var"]
     count = stats.get("count", stats.get("weight", jnp.ones_like(var)))

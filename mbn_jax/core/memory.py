@@ -179,7 +179,7 @@ class Slots:
         return pool(slots, weights)
 
     def oldest(self, slots: Moments) -> Moments:
-        """Returns the slot that leaves the pool when a batch is pushed, with its weight as `count`."""
+        """Returns the slot that a pushed batch drives out of the pool; `count` is its weight."""
         size = jnp.asarray(jnp.ceil(self.memory_size), jnp.int32)
         oldest = jnp.minimum(size, slots.count.shape[0]) - 1
         slot = Moments(*(value[oldest] for value in slots))

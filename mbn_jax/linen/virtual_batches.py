@@ -21,8 +21,8 @@ class VirtualBatches(nn.Module):
     In training the batch is cut into `num_groups` runs of consecutive examples. The layer's
     `batch_stats` have a leading axis of groups, whatever batch `init` saw; its parameters are
     shared, and are found where they would be without groups. At inference the groups are pooled by
-    the law of total variance (see `pool_batch_stats`), so inference goes by
-    more batches than any group was trained with.
+    the law of total variance (see `pool_batch_stats`), so inference uses the statistics of all of
+    them.
 
     It studies small normalization batches without the noise of small batches in the gradient, at
     the speed of the large one. With an `axis_name` in the layer, each group is spread over devices.
@@ -30,7 +30,7 @@ class VirtualBatches(nn.Module):
     Attributes:
       norm: makes a layer that keeps `batch_stats`, as `flax.linen.BatchNorm`; called with
         `use_running_average`.
-      num_groups: number of groups that the batch of a device is cut into; must divide it in training.
+      num_groups: number of groups that a device's batch is cut into; must divide it in training.
       use_running_average: as of the layer, here or in the call.
 
     Raises:

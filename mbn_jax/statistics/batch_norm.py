@@ -4,7 +4,9 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+import flax
 import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from mbn_jax.core.batch_stats import (
     inference_statistics,
@@ -47,8 +49,11 @@ def to_batch_norm(variables: PyTree) -> PyTree:
     {'mean': [2.0], 'var': [2.0]}
     """
 
-    def fold(_, stats: PyTree) -> PyTree:
-        mean, var = inference_statistics(stats)
+    def fold(path: tuple[str, ...], stats: PyTree) -> PyTree:
+        try:
+            mean, var = inference_statistics(stats)
+        except ValueError as error:
+            raise ValueError(f"The layer {'/'.join(path)} cannot be folded: {error}") from error
         return {"mean": mean, "var": var}
 
     _check_names(variables)
@@ -59,9 +64,9 @@ def to_batch_norm(variables: PyTree) -> PyTree:
 def from_batch_norm(batch_norm: PyTree, variables: PyTree) -> PyTree:
     """Starts a network from a checkpoint of the same one with `flax.linen.BatchNorm`.
 
-    All is taken over as it is, but for the moving averages, which become the first slot of a memory
-    and leave it as newer batches come; in an average they count as one batch. At inference the
-    output is that of the checkpoint.
+    Parameters are taken over as they are. The moving averages become the first slot of a memory and
+    leave it as newer batches come; in a memory without end they count as one batch. At inference
+    the output is that of the checkpoint.
 
     Args:
       batch_norm: 'params' and 'batch_stats' of the checkpoint.
@@ -88,14 +93,16 @@ def from_batch_norm(batch_norm: PyTree, variables: PyTree) -> PyTree:
         return "/".join(map(_batch_norm_name, path))
 
     def contents(tree: PyTree) -> tuple[dict[str, PyTree], dict[str, Array]]:
-        """Returns the statistics of layers and all other arrays, by path."""
+        """Returns the statistics of layers, and all other arrays, by path."""
         _check_names(tree)
         layers, others = {}, {}
         map_layers(
             lambda path, stats: layers.update({renamed(path): stats}),
-            tree,
+            {"batch_stats": tree.get("batch_stats", {})},
             lambda path, x: others.update({renamed(path): x}),
         )
+        rest = {name: child for name, child in tree.items() if name != "batch_stats"}
+        others |= {renamed(path): x for path, x in flatten_dict(flax.core.unfreeze(rest)).items()}
         return layers, others
 
     (old_layers, old), (layers, new) = contents(batch_norm), contents(variables)
@@ -119,7 +126,11 @@ def from_batch_norm(batch_norm: PyTree, variables: PyTree) -> PyTree:
             )
         return with_moments(layer_stats, Moments(mean, var, jnp.ones_like(var)))
 
-    return map_layers(start, variables, lambda path, _: old[renamed(path)])
+    batch_stats = {"batch_stats": variables.get("batch_stats", {})}
+    started = map_layers(start, batch_stats, lambda path, _: old[renamed(path)])
+    rest = {name: child for name, child in variables.items() if name != "batch_stats"}
+    paths = flatten_dict(flax.core.unfreeze(rest))
+    return {**unflatten_dict({path: old[renamed(path)] for path in paths}), **started}
 
 
 def _batch_norm_name(name: str) -> str:

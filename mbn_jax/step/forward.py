@@ -46,7 +46,7 @@ class BoundApply:
         self._mutable = ["batch_stats", *([BATCH_MOMENTS] if records else []), *mutable]
         self._rngs = dict(rngs)
         self._trace = tracers.current_trace()
-        self._calls = 0
+        self.calls = 0
         self.outdated = [self.batch_stats]
 
     @property
@@ -68,9 +68,9 @@ class BoundApply:
                 "name further collections or streams in make_train_step (mutable, rng_names)."
             )
         rngs = self._rngs
-        if self._calls:
-            rngs = {name: jax.random.fold_in(key, self._calls) for name, key in rngs.items()}
-        self._calls += 1
+        if self.calls:
+            rngs = {name: jax.random.fold_in(key, self.calls) for name, key in rngs.items()}
+        self.calls += 1
         outputs, updates = self._apply_fn(
             self._variables, *args, mutable=self._mutable, rngs=rngs, **kwargs
         )
@@ -146,9 +146,9 @@ def _check_metrics(metrics: Mapping[str, Any]) -> None:
     if "batch_stats" in metrics:
         raise ValueError(f"{EXPECTED}, got the updates in place of the metrics; swap them.")
     for name, value in metrics.items():
-        is_number = jax.tree_util.all_leaves([value]) and hasattr(
-            value, "dtype"
-        ) or isinstance(value, int | float)
+        is_number = (jax.tree_util.all_leaves([value]) and hasattr(value, "dtype")) or isinstance(
+            value, int | float
+        )
         if not is_number or jnp.ndim(value):
             raise ValueError(f"The metric {name!r} must be a scalar, got {_described(value)}.")
 
@@ -156,6 +156,8 @@ def _check_metrics(metrics: Mapping[str, Any]) -> None:
 def _check_updates(updates: Mapping[str, Any], apply: BoundApply, frozen: bool) -> None:
     """Raises ValueError where the handed-back statistics are not those that the model wrote."""
     before = apply.outdated[0]
+    if not apply.calls:
+        raise ValueError(f"{EXPECTED}; loss_fn never called apply, so no statistics were written.")
     if "batch_stats" not in updates:
         raise ValueError(
             "The updates of loss_fn must hold 'batch_stats', as the updates of apply do; got "

@@ -30,6 +30,10 @@ class TrainState(struct.PyTreeNode):
     opt_state: optax.OptState
     key: jax.Array
 
+    def __init_subclass__(cls, **kwargs: Any):
+        super().__init_subclass__(**kwargs)
+        _register_serialization(cls)
+
     @classmethod
     def create(
         cls, variables: PyTree, tx: optax.GradientTransformation, key: jax.Array
@@ -37,7 +41,8 @@ class TrainState(struct.PyTreeNode):
         """Makes the state before the first step.
 
         No two of its arrays share a buffer, so that the training step may take it over
-        (`donate_argnums`).
+        (`donate_argnums`). The parameters and the key are those that are given, without a copy: a
+        step that takes the state over deletes them.
 
         Args:
           variables: what `model.init` returned, a dict or a `FrozenDict`.
@@ -56,7 +61,7 @@ class TrainState(struct.PyTreeNode):
             raise ValueError(
                 "TrainState carries the collections 'params' and 'batch_stats', the model also has "
                 f"{sorted(unknown)}. Take out what the model writes anew in each call, and name it "
-                "in make_train_step(mutable=...); for others write a step that keeps them."
+                "in make_train_step(mutable=...); bind constants in apply_fn."
             )
         params = variables.get("params", {})
         return cls(
@@ -82,14 +87,14 @@ def _without_shared_buffers(opt_state: PyTree, params: PyTree) -> PyTree:
 
 
 def _to_state_dict(state: TrainState) -> dict[str, Any]:
-    fields = {name: getattr(state, name) for name in TrainState.__dataclass_fields__}
+    fields = {name: getattr(state, name) for name in state.__dataclass_fields__}
     if jax.dtypes.issubdtype(state.key.dtype, jax.dtypes.prng_key):
         fields["key"] = jax.random.key_data(state.key)
     return {name: flax.serialization.to_state_dict(value) for name, value in fields.items()}
 
 
 def _from_state_dict(state: TrainState, fields: dict[str, Any]) -> TrainState:
-    key, names = fields["key"], set(TrainState.__dataclass_fields__) - {"key"}
+    key, names = fields["key"], set(state.__dataclass_fields__) - {"key"}
     if jax.dtypes.issubdtype(state.key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(jnp.asarray(key), impl=jax.random.key_impl(state.key))
     restored = {
@@ -99,6 +104,10 @@ def _from_state_dict(state: TrainState, fields: dict[str, Any]) -> TrainState:
     return state.replace(key=key, **restored)
 
 
-flax.serialization.register_serialization_state(
-    TrainState, _to_state_dict, _from_state_dict, override=True
-)
+def _register_serialization(cls: type) -> None:
+    flax.serialization.register_serialization_state(
+        cls, _to_state_dict, _from_state_dict, override=True
+    )
+
+
+_register_serialization(TrainState)

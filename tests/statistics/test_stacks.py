@@ -150,6 +150,32 @@ def test_layers_inside_of_a_stack_cannot_be_recalibrated(stack):
         recalibrate(apply, variables, batches(2))
 
 
+def test_statistics_without_groups_are_not_pooled():
+    _, variables = trained(Scanned, "memorized")
+    layer = jax.tree.map(lambda x: x[0], variables["batch_stats"])
+    for stats in (layer, {"norm": {"mean": jnp.ones(3), "var": jnp.ones(3)}}):
+        with pytest.raises(ValueError, match=r"expected statistics \[groups, \.\.\.\]"):
+            pool_batch_stats(stats)
+
+
+def test_parameters_that_are_called_mean_and_var_are_parameters():
+    class Gaussian(nn.Module):
+        norm: object
+
+        @nn.compact
+        def __call__(self, x):
+            names = ("mean", "var", "count")
+            mean, var, count = (self.param(name, nn.initializers.normal(), (3,)) for name in names)
+            x = nn.BatchNorm(use_running_average=True)(x) if not self.norm else self.norm(x)
+            return x * mean[None] + (var + count)[None]
+
+    x = batches(1)[0]
+    old = Gaussian(None).init(jax.random.key(0), x)
+    new = Gaussian(None).init(jax.random.key(1), x)
+    jax.tree.map(np.testing.assert_array_equal, from_batch_norm(old, new), old)
+    jax.tree.map(np.testing.assert_array_equal, to_batch_norm(old), old)
+
+
 def test_names_of_lifted_layers_are_those_of_batch_norm():
     def lifted(norm):
         return nn.vmap(norm, variable_axes=AXES, split_rngs={"params": True})(

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax.training import train_state
+from jax.sharding import Mesh, PartitionSpec
 from stepping import Net, batches, endless, loss_fn, memorized, run, stats_of
 
 from mbn_jax import MemorizedBatchNorm, TrainState, make_train_step
@@ -181,6 +182,35 @@ def applies_a_batch_at_a_time(apply, x):
     return y.mean(), ({}, updates)
 
 
+def applies_under_checkpoint(apply, x):
+    apply_again = jax.checkpoint(lambda x: apply(x, train=True))
+    apply_again(x)
+    y, updates = apply_again(x + 1)  # JAX reuses the trace: one batch would be lost.
+    return y.mean(), ({}, updates)
+
+
+def applies_in_a_loop(apply, x):
+    _, (y, updates) = jax.lax.scan(
+        lambda carry, x: (carry, apply(x, train=True)), 0, x.reshape(2, 8, 5)
+    )
+    return y.mean(), ({}, jax.tree.map(lambda u: u[-1], updates))
+
+
+def binds_mutable(apply, x):
+    y, updates = apply(x, train=True, mutable=["batch_stats"])
+    return y.mean(), ({}, updates)
+
+
+def narrows_the_statistics(apply, x):
+    y, updates = apply(x, train=True)
+    return y.mean(), ({}, jax.tree.map(lambda u: u.astype(jnp.bfloat16), updates))
+
+
+def reports_a_text(apply, x):
+    y, updates = apply(x, train=True)
+    return y.mean(), ({"note": "fine"}, updates)
+
+
 def does_not_average(apply, x):
     y, updates = apply(x, train=True)
     return y[0], ({}, updates)
@@ -197,7 +227,12 @@ WRONG_LOSSES = {
     reports_a_loss: "hold 'loss', under which the step reports its own; rename it",
     reports_a_vector: r"metric 'error' must be a scalar, got an array of shape \(3,\)",
     returns_the_loss_alone: r"must return \(loss, \(metrics, updates\)\), got an array",
-    applies_a_batch_at_a_time: "layers and shapes of the TrainState's.*not a stack of several",
+    applies_a_batch_at_a_time: r"inside of jax\.jit, .*jax\.vmap.* nn\.remat",
+    applies_under_checkpoint: r"inside of jax\.jit, jax\.checkpoint.* nn\.remat",
+    applies_in_a_loop: r"inside of .* a loop of jax\.lax",
+    binds_mutable: r"has mutable bound already; .*make_train_step \(mutable, rng_names\)",
+    narrows_the_statistics: "layers, shapes and dtypes of the TrainState's",
+    reports_a_text: "metric 'note' must be a scalar, got a str",
     does_not_average: r"loss must be a scalar, got shape \(3,\)",
 }
 
@@ -212,6 +247,69 @@ def test_a_loss_that_would_lose_statistics_is_refused(loss, mode):
 def test_training_around_frozen_statistics_is_said():
     state, _ = step_with(applies_at_inference, frozen_statistics=True)
     assert not stats_of(state)["count"].any()
+
+
+@pytest.mark.parametrize("last", ["train", "inference"])
+@every_mode
+def test_an_apply_at_inference_beside_one_in_training(mode, last):
+    """Consistency losses, gradient penalties: in any order, with the updates of either."""
+
+    def loss(apply, x):
+        def penalty(x):
+            return (apply(x, train=False)[0] ** 2).mean()
+
+        if last == "train":
+            value, slope = penalty(x), jax.grad(penalty)(x)
+            y, updates = apply(x, train=True)
+        else:
+            y, _ = apply(x, train=True)
+            value, slope = penalty(x), jax.grad(penalty)(x)
+            _, updates = apply(x, train=False)
+        return (y**2).mean() + value + (slope**2).mean(), ({}, updates)
+
+    memory = stats_of(step_with(loss, mode)[0])
+    assert memory["count"][:, 0].tolist() == [16, 0, 0, 0]
+
+
+def test_names_may_be_given_as_one_text():
+    class Sowing(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            x = nn.Dropout(0.5, deterministic=not train, rng_collection="noise")(x)
+            self.sow("losses", "norm", jnp.float32(100))
+            return memorized(use_running_average=not train)(x)
+
+    def loss(apply, x):
+        y, updates = apply(x, train=True)
+        return y.mean() + sum(jax.tree.leaves(updates.get("losses", {}))), ({}, updates)
+
+    model, tx, x = Sowing(), optax.sgd(0.1), batches(1)[0]
+    variables = model.init(jax.random.key(0), x, train=False)
+    del variables["losses"]
+    state = TrainState.create(variables, tx, jax.random.key(1))
+    step = make_train_step(model.apply, tx, loss, mutable="losses", rng_names="noise")
+    assert step(state, x)[1]["loss"] > 99
+
+
+class Frozen(nn.Module):
+    """A frozen norm, inside of a lifted transform or not, beside one that trains."""
+
+    lift: object
+    trains: bool = True
+
+    @nn.compact
+    def __call__(self, x, train):
+        norm = self.lift(MemorizedBatchNorm)
+        x = norm(memory_size=4, use_running_average=True)(nn.Dense(6)(x))
+        return memorized(use_running_average=not (train and self.trains))(nn.Dense(6)(x))
+
+
+@pytest.mark.parametrize("lift", [lambda norm: norm, nn.remat, nn.jit], ids=["", "remat", "jit"])
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_frozen_norms_beside_moving_ones(lift, fraction):
+    state = run(Frozen(lift), optax.sgd(0.1), batches(2), double_forward_fraction=fraction)
+    counts = [(stats["count"] > 0).any() for stats in state.batch_stats.values()]
+    assert sorted(counts) == [False, True]
 
 
 def test_another_state_is_refused():
@@ -277,17 +375,62 @@ def test_step_and_layers_must_mean_the_same_devices(norm):
         step = make_train_step(model.apply, tx, loss_fn, axis_name=step_axis, **options)
         return map_over_devices(step, devices=devices)(state, x)
 
-    with pytest.raises(ValueError, match=r"'batch', and make_train_step has no axis_name"):
+    with pytest.raises(
+        ValueError, match=r"sync over 'batch', and make_train_step has axis_name=None"
+    ):
         stepped(AXIS_NAME, None)
     with pytest.raises(ValueError, match=r"statistics of their own on each device: .*Norm_0"):
         stepped(None, AXIS_NAME)
     stepped(None, AXIS_NAME, local_statistics=True)
+    frozen = Net(functools.partial(norm, axis_name=None))
+    step = make_train_step(
+        frozen.apply,
+        tx,
+        lambda apply, x: (lambda y, u: (y.mean(), ({}, u)))(*apply(x, train=False)),
+        axis_name=AXIS_NAME,
+        frozen_statistics=True,
+    )
+    map_over_devices(step, devices=devices)(replicate(created(frozen, tx, x[0]), devices), x)
     stepped(AXIS_NAME, AXIS_NAME)
     groups = functools.partial(norm, axis_index_groups=((0,), (1,)))
     model = Net(functools.partial(groups, axis_name=AXIS_NAME))
     step = make_train_step(model.apply, tx, loss_fn, axis_name=AXIS_NAME)
     with pytest.raises(ValueError, match="statistics of their own"):
         map_over_devices(step, devices=devices)(replicate(created(model, tx, x[0]), devices), x)
+
+
+@pytest.mark.parametrize(
+    ("of_layer", "of_step", "message"),
+    [
+        ("data", ("data", "fsdp"), "keep statistics of their own"),
+        ("fsdp", "data", "sync over 'fsdp', and make_train_step has axis_name='data'"),
+        (("data", "fsdp"), "data", "sync over 'fsdp'"),
+        (("data", "fsdp"), ("data", "fsdp"), None),
+    ],
+)
+def test_on_a_mesh_of_two_axes_step_and_layers_name_both(of_layer, of_step, message):
+    mesh = Mesh(np.array(jax.devices()[:4]).reshape(2, 2), ("data", "fsdp"))
+    model, tx, x = Net(functools.partial(memorized, axis_name=of_layer)), optax.sgd(0.1), batches(1)
+    state = created(model, tx, x[0])
+    step = jax.shard_map(
+        make_train_step(model.apply, tx, loss_fn, axis_name=of_step),
+        mesh=mesh,
+        in_specs=(PartitionSpec(), PartitionSpec(("data", "fsdp"))),
+        out_specs=PartitionSpec(),
+        check_vma=False,
+    )
+    if message:
+        with pytest.raises(ValueError, match=message):
+            jax.jit(step)(state, x[0])
+        return
+    plain = Net()
+    expected, _ = make_train_step(plain.apply, tx, loss_fn)(state, x[0])
+    # Sums over devices in another order.
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
+        jax.jit(step)(state, x[0])[0].batch_stats,
+        expected.batch_stats,
+    )
 
 
 def test_an_axis_inside_of_the_model_is_the_models_own():

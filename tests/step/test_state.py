@@ -51,6 +51,18 @@ def test_flax_serialization_restores_the_state_to_the_bit(make_key):
     jax.tree.map(np.testing.assert_array_equal, *plain)
 
 
+def test_a_subclass_of_the_state_is_serialized_with_its_fields():
+    class WithAverage(TrainState):
+        average: object = None
+
+    tx = optax.sgd(0.1)
+    _, state = created(tx)
+    states = [WithAverage(**vars(state), average={"x": jnp.full(2, value)}) for value in (1.0, 2.0)]
+    restored = flax.serialization.from_bytes(states[1], flax.serialization.to_bytes(states[0]))
+    assert restored.average["x"].tolist() == [1, 1]
+    assert jax.random.key_data(restored.key).tolist() == [0, 1]
+
+
 OPTIMIZERS = {
     "plateau": lambda: optax.chain(
         optax.adam(0.05), optax.contrib.reduce_on_plateau(patience=1, factor=0.5)

@@ -313,12 +313,22 @@ def test_a_memory_that_would_be_left_behind_is_an_error():
     shown = {"params": 0, "batch_stats": 0}
     data = batches(2)
     for axes in (shown, {**shown, BATCH_MOMENTS: 0}, {**shown, FIRST_BATCH_MOMENTS: 0}):
-        with pytest.raises(ValueError, match=r"cannot: .*VmapMemorizedBatchNorm_0.*variable_axes"):
+        with pytest.raises(ValueError, match=r"VmapMemorizedBatchNorm_0.*variable_axes"):
             run(Lifted(axes), optax.sgd(0.1), data)
     both = {**shown, BATCH_MOMENTS: 0, FIRST_BATCH_MOMENTS: 0}
     assert run(Lifted(both), optax.sgd(0.1), data).step == 2
     with pytest.raises(ValueError, match=r"no layer has a memory.*take 'rewrite'"):
         run(Net(nn.BatchNorm), optax.sgd(0.1), data)
+
+
+def test_a_second_forward_by_hand_that_cannot_count_calls_is_an_error():
+    model, x = Net(), batches(1)[0]
+    variables = model.init(jax.random.key(0), x, train=False)
+    mutable = ["batch_stats", BATCH_MOMENTS]
+    _, first = model.apply(variables, x, train=True, mutable=mutable)
+    second = {**variables, FIRST_BATCH_MOMENTS: first[BATCH_MOMENTS]}
+    with pytest.raises(ValueError, match="make 'batch_moments' mutable in this apply too"):
+        model.apply(second, x, train=True, mutable=["batch_stats"])
 
 
 def test_other_norms_beside_a_memory_are_left_alone():
