@@ -1,6 +1,7 @@
 """One forward of a training step: `loss_fn` with the model bound, and checks of what it returns."""
 
 import contextlib
+import contextvars
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -155,7 +156,7 @@ def _check_updates(
     if not frozen and _is_same(written, batch_stats):
         raise ValueError(
             "No layer wrote statistics: loss_fn must apply the model in training mode (train=True, "
-            "or use_running_average=False). To train around frozen statistics, give "
+            "or use_running_average=False; model.train() in nnx). To train around frozen statistics, give "
             "make_train_step frozen_statistics=True."
         )
 
@@ -213,9 +214,33 @@ def check_axis_bound(axis_name: AxisName | None) -> None:
         ) from error
 
 
+_axes_found: contextvars.ContextVar[dict[str, Any] | None] = contextvars.ContextVar(
+    "axes_found", default=None
+)
+
+
+def report_axes(path: str, layer: Any) -> None:
+    """Tells `axes_of_layers` the named axis of a layer with batch statistics; nothing outside it.
+
+    Args:
+      path: names that lead to the layer, separated by '/'.
+      layer: with `axis_name` and `axis_index_groups`.
+    """
+    found = _axes_found.get()
+    if found is not None:
+        found[path or type(layer).__name__] = (layer.axis_name, layer.axis_index_groups)
+
+
+def has_axes(layer: Any) -> bool:
+    """Returns whether a layer has the attributes of a normalization layer that can sync."""
+    return all(hasattr(layer, name) for name in ("axis_name", "axis_index_groups", "axis"))
+
+
 @contextlib.contextmanager
 def axes_of_layers() -> Iterator[dict[str, Any]]:
-    """Collects the named axes of the linen layers with batch statistics that are called within.
+    """Collects the named axes of the layers with batch statistics that are called within.
+
+    Layers of linen are found here; an `apply_fn` of another API calls `report_axes`.
 
     Yields:
       For each layer, by path, its (axis_name, axis_index_groups); filled while a forward is traced.
@@ -224,16 +249,20 @@ def axes_of_layers() -> Iterator[dict[str, Any]]:
 
     def interceptor(call, args, kwargs, context):
         module = context.module
-        if context.method_name == "__call__" and all(
-            hasattr(module, name) for name in ("axis_name", "axis_index_groups", "axis")
+        if (
+            context.method_name == "__call__"
+            and has_axes(module)
+            and module.has_variable("batch_stats", "mean")
         ):
-            path = "/".join(module.path) or type(module).__name__
-            if module.has_variable("batch_stats", "mean"):
-                found[path] = (module.axis_name, module.axis_index_groups)
+            report_axes("/".join(module.path), module)
         return call(*args, **kwargs)
 
-    with nn.intercept_methods(interceptor):
-        yield found
+    token = _axes_found.set(found)
+    try:
+        with nn.intercept_methods(interceptor):
+            yield found
+    finally:
+        _axes_found.reset(token)
 
 
 def check_axes(
