@@ -156,8 +156,8 @@ def _check_updates(
     if not frozen and _is_same(written, batch_stats):
         raise ValueError(
             "No layer wrote statistics: loss_fn must apply the model in training mode (train=True, "
-            "or use_running_average=False; model.train() in nnx). To train around frozen statistics, give "
-            "make_train_step frozen_statistics=True."
+            "or use_running_average=False; in NNX model.train()). To train around frozen "
+            "statistics, give make_train_step frozen_statistics=True."
         )
 
 
