@@ -125,7 +125,7 @@ def test_links_in_the_docs_lead_somewhere(page):
 
 def test_the_layout_names_every_file_of_the_larger_packages():
     text = (ROOT / "docs" / "layout.md").read_text()
-    packages = ("core", "linen", "step", "statistics", "training", "sweeps")
+    packages = ("core", "linen", "nnx", "step", "statistics", "training", "sweeps")
     named = set(re.findall(rf"`((?:{'|'.join(packages)})/\w+\.py)`", text))
     files = {
         f"{package}/{file.name}"

@@ -21,6 +21,7 @@ LIBRARY = {
     "core": ({"jax", "numpy"}, set()),
     "linen": (LIBRARY_PACKAGES, {"core"}),
     "statistics": (LIBRARY_PACKAGES, {"core", "linen"}),
+    "nnx": (LIBRARY_PACKAGES, {"core", "step"}),
     "step": (LIBRARY_PACKAGES, {"core", "errors"}),
 }
 # Imported by other packages of the extra, not by mbn_jax.

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from mbn_jax.core.memory import Slots
-from mbn_jax.core.moments import Array, Moments, pool_groups
+from mbn_jax.core.moments import Array, Moments, pool_groups, pool_two
 
 PyTree = Any
 
@@ -236,3 +236,20 @@ def with_moments(layer_stats: PyTree, moments: Moments) -> PyTree:
         name: filled(name, jnp.asarray(value)) if name in moments_by_name else value
         for name, value in layer_stats.items()
     }
+
+
+def add_moments(totals: dict[str, Moments], recorded: dict[str, Moments]) -> dict[str, Moments]:
+    """Pools two batches' moments, layer by layer; `totals` may be empty."""
+    if not totals:
+        return recorded
+    return {layer: pool_two(totals[layer], moments) for layer, moments in recorded.items()}
+
+
+def recalibrated(batch_stats: PyTree, moments: dict[str, Moments]) -> PyTree:
+    """Returns `batch_stats` with the statistics of the layers in `moments` replaced, by path."""
+
+    def replaced(path: tuple[str, ...], stats: PyTree) -> PyTree:
+        found = moments.get("/".join(path))
+        return stats if found is None else with_moments(stats, found)
+
+    return map_layers(replaced, batch_stats)

@@ -203,3 +203,8 @@ def pool_groups(groups: Moments) -> Moments:
     var = (weights * (groups.var + abs_sq(groups.mean - mean[None]))).sum(0)
     # The dtype of the slots is part of the state: counts in float32 must not widen it.
     return Moments(mean.astype(groups.mean.dtype), var.astype(groups.var.dtype), total)
+
+
+def pool_two(one: Moments, other: Moments) -> Moments:
+    """Pools the moments of two groups of examples, as `pool_groups`."""
+    return pool_groups(jax.tree.map(lambda *x: jnp.stack(x), one, other))

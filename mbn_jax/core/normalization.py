@@ -173,6 +173,26 @@ def canonical_axes(rank: int, axis: int | Sequence[int]) -> tuple[int, ...]:
     return tuple(sorted({a % rank for a in axes}))
 
 
+def input_moments(
+    x: Array,
+    axis: int | Sequence[int],
+    *,
+    mask: Array | None = None,
+    axis_name: AxisName | None = None,
+) -> Moments:
+    """Returns the moments of a layer's input, exactly: in two passes.
+
+    Args:
+      x: inputs.
+      axis: feature axis or axes of the layer.
+      mask: boolean, broadcastable to `x`: the elements that count; None: all.
+      axis_name: named axis over which the batch is spread.
+    """
+    features = canonical_axes(x.ndim, axis)
+    axes = tuple(i for i in range(x.ndim) if i not in features)
+    return batch_moments(x, axes, mask=mask, axis_name=axis_name, use_fast_variance=False)
+
+
 def _same_dtype(*values: Array) -> list[Array]:
     """Casts arrays to their common dtype, also where JAX forbids implicit promotion."""
     dtype = common_dtype(*(value.dtype for value in values))

@@ -7,18 +7,12 @@ from typing import Any
 import jax.numpy as jnp
 import optax
 from flax import linen as nn
-from jax import lax
 from jax.nn import initializers
 
-from mbn_jax.core.gradient import clipped_renorm
-from mbn_jax.core.moments import Array, AxisName, Schedule, value_at
-from mbn_jax.linen.layer import (
-    check_axis_groups,
-    is_inference,
-    is_number,
-    options_of,
-    scale_and_bias,
-)
+from mbn_jax.core.layers import check_renorm
+from mbn_jax.core.moments import Array, AxisName, Schedule
+from mbn_jax.core.renorm import D_MAX, R_MAX, renormalize
+from mbn_jax.linen.layer import is_inference, options_of, scale_and_bias
 
 
 class BatchRenorm(nn.Module):
@@ -70,17 +64,11 @@ class BatchRenorm(nn.Module):
     axis_index_groups: Any = None
     use_fast_variance: bool = True
     force_float32_reductions: bool = True
-    r_max: Schedule = optax.linear_schedule(1.0, 3.0, 35_000, transition_begin=5_000)
-    d_max: Schedule = optax.linear_schedule(0.0, 5.0, 20_000, transition_begin=5_000)
+    r_max: Schedule = optax.linear_schedule(**R_MAX)
+    d_max: Schedule = optax.linear_schedule(**D_MAX)
 
     def __post_init__(self):
-        check_axis_groups(self)
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}.")
-        for name, least in (("r_max", 1), ("d_max", 0)):
-            limit = getattr(self, name)
-            if is_number(limit) and limit < least:
-                raise ValueError(f"{name} must be {least} or more, got {limit}.")
+        check_renorm(self)
         super().__post_init__()
 
     @nn.compact
@@ -112,22 +100,8 @@ class BatchRenorm(nn.Module):
         parameters = scale_and_bias(self, shape)
         if inference:
             return options.normalize(x, mean.value, var.value, **parameters)
-        kept = mean.value
-        batch = options.moments(x, mask, kept)
-        used_mean, used_var = clipped_renorm(
-            batch,
-            kept,
-            var.value,
-            epsilon=self.epsilon,
-            r_max=value_at(self.r_max, steps.value),
-            d_max=value_at(self.d_max, steps.value),
-        )
+        result = renormalize(x, mask, mean.value, var.value, steps.value, options, self)
         if not self.is_initializing():
-            seen, rate = batch.count > 0, 1 - self.momentum
-            sigma = jnp.sqrt(var.value) + rate * (jnp.sqrt(batch.var) - jnp.sqrt(var.value))
-            new_mean = jnp.where(seen, kept + rate * (batch.mean - kept), kept).astype(mean_dtype)
-            new_var = jnp.where(seen, lax.square(sigma), var.value).astype(var_dtype)
-            mean.value, var.value = lax.stop_gradient((new_mean, new_var))
+            mean.value, var.value = result.new_mean, result.new_var
             steps.value = steps.value + 1
-        center = kept if self.use_fast_variance else batch.mean
-        return options.normalize(x, used_mean, used_var, **parameters, center=center)
+        return options.normalize(x, result.mean, result.var, **parameters, center=result.center)

@@ -2,17 +2,10 @@
 
 from typing import Any
 
-import jax
 from flax import linen as nn
 
 from mbn_jax.core.moments import Array
 from mbn_jax.core.normalization import NormOptions
-
-
-def check_axis_groups(layer: Any) -> None:
-    """Raises ValueError where a layer has groups of a named axis, but no such axis."""
-    if layer.axis_index_groups is not None and layer.axis_name is None:
-        raise ValueError("axis_index_groups divides a named axis; give axis_name too.")
 
 
 def options_of(layer: Any) -> NormOptions:
@@ -33,8 +26,3 @@ def scale_and_bias(layer: Any, shape: tuple[int, ...]) -> dict[str, Array | None
         name: layer.param(name, inits[name], shape, layer.param_dtype) if is_used else None
         for name, is_used in names.items()
     }
-
-
-def is_number(value: Any) -> bool:
-    """Returns whether an option is a number that can be checked: not traced, not a function."""
-    return not callable(value) and not isinstance(value, jax.core.Tracer)

@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -17,17 +17,18 @@ from mbn_jax.core.double_forward import (
     Record,
     current_forwards,
 )
-from mbn_jax.core.gradient import GRADIENTS
-from mbn_jax.core.memory import Endless, Slots, rule_at
+from mbn_jax.core.layers import (
+    EMPTY,
+    check_memorized,
+    check_memory,
+    counts_steps,
+    memory_arrays,
+    rule_of_call,
+)
+from mbn_jax.core.memory import Endless, Slots
 from mbn_jax.core.moments import Array, AxisName, Moments, Schedule
 from mbn_jax.core.normalization import FirstForward, NormOptions, memorize
-from mbn_jax.linen.layer import (
-    check_axis_groups,
-    is_inference,
-    is_number,
-    options_of,
-    scale_and_bias,
-)
+from mbn_jax.linen.layer import is_inference, options_of, scale_and_bias
 
 
 class MemorizedBatchNorm(nn.Module):
@@ -131,10 +132,7 @@ class MemorizedBatchNorm(nn.Module):
     gradient: str = "auto"
 
     def __post_init__(self):
-        check_axis_groups(self)
-        _check_memory(self.memory_size, self.decay, self.memory_capacity)
-        if self.gradient not in GRADIENTS:
-            raise ValueError(f"gradient must be one of {GRADIENTS}, got {self.gradient!r}.")
+        check_memorized(self)
         super().__post_init__()
 
     @nn.compact
@@ -187,57 +185,29 @@ def _memory(
     layer: MemorizedBatchNorm, options: NormOptions, x: Array, inference: bool
 ) -> list[nn.Variable]:
     """Declares the memory, empty at first, and checks one that was handed in."""
-    is_endless = layer.memory_size is None
-    names = ("mean", "var", "weight" if is_endless else "count")
-    features = options.feature_shape(x)
-    slots = () if is_endless else (layer.memory_capacity or int(cast(int, layer.memory_size)),)
-    wanted = "(*features)" if is_endless else "(slots, *features)"
-    dtypes = options.statistics_dtypes(x.dtype)
-    if layer.has_variable("batch_stats", "mean") and not layer.has_variable(
-        "batch_stats", names[2]
-    ):
+    arrays = memory_arrays(layer, options, options.feature_shape(x), x.dtype)
+    missing = [name for name in arrays if not layer.has_variable("batch_stats", name)]
+    if missing and layer.has_variable("batch_stats", "mean"):
         raise ValueError(
-            f"{options.layer} expected a memory with {names[2]!r}, got the statistics of "
+            f"{options.layer} expected a memory with {missing[0]!r}, got the statistics of "
             "another layer; start from a BatchNorm checkpoint by mbn_jax.from_batch_norm."
         )
-    inits = (jnp.zeros, jnp.ones, jnp.zeros)
-    variables = [
-        layer.variable("batch_stats", name, init, (*slots, *features), dtype)
-        for name, init, dtype in zip(names, inits, dtypes, strict=True)
-    ]
-    for variable, dtype in zip(variables, dtypes, strict=True):
-        if variable.value.shape != (*slots, *features):
-            raise ValueError(
-                f"{options.layer} expected a memory of shape {(*slots, *features)} {wanted}, "
-                f"got {variable.value.shape}; build the layer with the memory_size or "
-                "memory_capacity that its batch_stats were made with."
-            )
-        if not inference and jnp.finfo(variable.value.dtype).bits < jnp.finfo(dtype).bits:
-            raise ValueError(
-                f"{options.layer} expected a memory of {dtype}, got {variable.value.dtype}; "
-                "initialize it with inputs of this dtype, and leave batch_stats out of a policy "
-                "that casts variables."
-            )
-    is_complex = jnp.issubdtype(dtypes[0], jnp.complexfloating)
-    if is_complex and not jnp.iscomplexobj(variables[0].value):
-        raise ValueError(
-            f"{options.layer} got complex inputs, but its memory was initialized with real "
-            "ones; initialize it with complex inputs."
-        )
-    return variables
+    variables = {
+        name: layer.variable("batch_stats", name, jnp.full, array.shape, EMPTY[name], array.dtype)
+        for name, array in arrays.items()
+    }
+    memory = {name: variable.value for name, variable in variables.items()}
+    check_memory(memory, arrays, options, inference=inference)
+    return list(variables.values())
 
 
 def _rule(layer: MemorizedBatchNorm, inference: bool, dtype: Any) -> tuple[Slots | Endless, Any]:
     """Returns the memory's rule in this call, and a function that records the call."""
-    steps, step = None, jnp.zeros((), jnp.int32)
-    if callable(layer.memory_size) or callable(layer.decay):
+    steps = None
+    if counts_steps(layer):
         steps = layer.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
-        # Inference uses the rule of the last training call.
-        step = jnp.maximum(steps.value - 1, 0) if inference else steps.value
-    size, decay = rule_at(layer.memory_size, layer.decay, step)
-    shown = jnp.inf if size is None else size
-    numbers = jnp.stack([jnp.asarray(value, dtype) for value in (shown, decay)])
-    numbers = lax.stop_gradient(numbers)
+    count = None if steps is None else steps.value
+    rule, numbers = rule_of_call(layer, count, dtype, inference=inference)
     if not inference or layer.is_initializing():
         recorded = layer.variable("batch_stats", "rule", lambda: numbers)
 
@@ -246,7 +216,7 @@ def _rule(layer: MemorizedBatchNorm, inference: bool, dtype: Any) -> tuple[Slots
         if steps is not None:
             steps.value += 1
 
-    return Endless(decay) if size is None else Slots(size, decay), count_call
+    return rule, count_call
 
 
 def _first_forward(layer: MemorizedBatchNorm) -> FirstForward | None:
@@ -261,24 +231,3 @@ def _first_forward(layer: MemorizedBatchNorm) -> FirstForward | None:
         )
     records: tuple[Record, ...] = layer.get_variable(FIRST_BATCH_MOMENTS, RECORDS)
     return FirstForward(records, len(layer.get_variable(BATCH_MOMENTS, RECORDS, ())))
-
-
-def _check_memory(size: Any, decay: Any, capacity: int | None) -> None:
-    """Raises ValueError where a number is impossible; traced ones and functions are trusted."""
-    if capacity is not None and (size is None or capacity < 1):
-        needs = "must be 1 or more" if size is not None else "needs a memory_size that is not None"
-        raise ValueError(f"memory_capacity {needs}, got {capacity}.")
-    if size is not None and not is_number(size) and capacity is None:
-        raise ValueError(
-            "A memory_size that is traced or a function needs memory_capacity, the number of slots "
-            "to make room for."
-        )
-    if size is not None and is_number(size) and (int(size) != size or size < 1):
-        raise ValueError(
-            "memory_size must be a whole number of 1 or more (it counts the current batch), or "
-            f"None for a memory without end, got {size}."
-        )
-    if size is not None and is_number(size) and capacity is not None and size > capacity:
-        raise ValueError(f"memory_size must be at most memory_capacity={capacity}, got {size}.")
-    if is_number(decay) and not 0 < decay <= 1:
-        raise ValueError(f"decay must be in (0, 1], got {decay}.")

@@ -4,17 +4,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-import flax
-import jax.numpy as jnp
-from flax.traverse_util import flatten_dict, unflatten_dict
-
-from mbn_jax.core.batch_stats import (
-    inference_statistics,
-    map_layers,
-    moments_shape,
-    with_moments,
-)
-from mbn_jax.core.moments import Array, Moments
+from mbn_jax.core.conversion import folded, started_from
 
 PyTree = Any
 
@@ -38,7 +28,7 @@ def to_batch_norm(variables: PyTree) -> PyTree:
     Raises:
       ValueError: where two layers would get one name.
 
-    >>> import jax
+    >>> import jax, jax.numpy as jnp
     >>> from mbn_jax import MemorizedBatchNorm
     >>> layer = MemorizedBatchNorm(memory_size=2, decay=1.0, use_running_average=False)
     >>> variables = layer.init(jax.random.key(0), jnp.zeros((2, 1)))
@@ -48,16 +38,8 @@ def to_batch_norm(variables: PyTree) -> PyTree:
     >>> {name: x.tolist() for name, x in to_batch_norm(variables)['batch_stats'].items()}
     {'mean': [2.0], 'var': [2.0]}
     """
-
-    def fold(path: tuple[str, ...], stats: PyTree) -> PyTree:
-        try:
-            mean, var = inference_statistics(stats)
-        except ValueError as error:
-            raise ValueError(f"The layer {'/'.join(path)} cannot be folded: {error}") from error
-        return {"mean": mean, "var": var}
-
     _check_names(variables)
-    batch_stats = map_layers(fold, variables.get("batch_stats", {}))
+    batch_stats = folded(variables.get("batch_stats", {}))
     return _named_as_batch_norm({**variables, "batch_stats": batch_stats})
 
 
@@ -78,7 +60,7 @@ def from_batch_norm(batch_norm: PyTree, variables: PyTree) -> PyTree:
     Raises:
       ValueError: where the two are not of the same network, naming what differs.
 
-    >>> import jax
+    >>> import jax, jax.numpy as jnp
     >>> from flax import linen as nn
     >>> from mbn_jax import MemorizedBatchNorm
     >>> x = jnp.zeros((2, 1))
@@ -88,49 +70,11 @@ def from_batch_norm(batch_norm: PyTree, variables: PyTree) -> PyTree:
     >>> from_batch_norm(trained, fresh)['batch_stats']['count'][:, 0].tolist()
     [1.0, 0.0, 0.0]
     """
-
-    def renamed(path: tuple[str, ...]) -> str:
-        return "/".join(map(_batch_norm_name, path))
-
-    def contents(tree: PyTree) -> tuple[dict[str, PyTree], dict[str, Array]]:
-        """Returns the statistics of layers, and all other arrays, by path."""
+    for tree in (batch_norm, variables):
         _check_names(tree)
-        layers, others = {}, {}
-        map_layers(
-            lambda path, stats: layers.update({renamed(path): stats}),
-            {"batch_stats": tree.get("batch_stats", {})},
-            lambda path, x: others.update({renamed(path): x}),
-        )
-        rest = {name: child for name, child in tree.items() if name != "batch_stats"}
-        others |= {renamed(path): x for path, x in flatten_dict(flax.core.unfreeze(rest)).items()}
-        return layers, others
-
-    (old_layers, old), (layers, new) = contents(batch_norm), contents(variables)
-    shapes = ({(path, jnp.shape(x)) for path, x in others.items()} for others in (old, new))
-    differing = {path for path, _ in set.symmetric_difference(*shapes)}
-    differing |= set(old_layers) ^ set(layers)
-    if differing:
-        raise ValueError(
-            "The checkpoint must be of the same network with BatchNorm, and differs in "
-            f"{', '.join(sorted(differing)[:5])}{' and more' if len(differing) > 5 else ''}."
-        )
-
-    def start(path: tuple[str, ...], layer_stats: PyTree) -> PyTree:
-        found = old_layers[renamed(path)]
-        mean, var = jnp.asarray(found["mean"]), jnp.asarray(found["var"])
-        expected = moments_shape(layer_stats)
-        if mean.shape != expected:
-            raise ValueError(
-                f"The checkpoint must be of the same network with BatchNorm; {'/'.join(path)} "
-                f"expected statistics of shape {expected}, got {mean.shape}."
-            )
-        return with_moments(layer_stats, Moments(mean, var, jnp.ones_like(var)))
-
-    batch_stats = {"batch_stats": variables.get("batch_stats", {})}
-    started = map_layers(start, batch_stats, lambda path, _: old[renamed(path)])
-    rest = {name: child for name, child in variables.items() if name != "batch_stats"}
-    paths = flatten_dict(flax.core.unfreeze(rest))
-    return {**unflatten_dict({path: old[renamed(path)] for path in paths}), **started}
+    return started_from(
+        batch_norm, variables, _batch_norm_name, lambda path: path[0] == "batch_stats"
+    )
 
 
 def _batch_norm_name(name: str) -> str:

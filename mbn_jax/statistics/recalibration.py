@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import tracers
 
-from mbn_jax.core.batch_stats import map_layers, with_moments
-from mbn_jax.core.moments import Array, AxisName, Moments, batch_moments, pool_groups
-from mbn_jax.core.normalization import canonical_axes
+from mbn_jax.core.batch_stats import add_moments, recalibrated, with_moments
+from mbn_jax.core.moments import Array, AxisName, Moments, pool_two
+from mbn_jax.core.normalization import input_moments
 from mbn_jax.linen.batch_renorm import BatchRenorm
 from mbn_jax.linen.memorized import MemorizedBatchNorm
 from mbn_jax.linen.virtual_batches import VirtualBatches
@@ -80,7 +79,7 @@ def record_norm_inputs(
         x = args[0] if args else kwargs["x"]
         moments = _input_moments(module, x, mask, axis_name, kwargs.get("mask"))
         if path in recorded:
-            moments = _pool_two(recorded[path], moments)
+            moments = pool_two(recorded[path], moments)
         recorded[path] = moments
         if normalize_by_them:
             stats = module.variables["batch_stats"]
@@ -103,37 +102,14 @@ def _input_moments(
     axis_name: AxisName | None,
     mask: Array | None,
 ) -> Moments:
-    """Returns the moments of a layer's input, exactly: in two passes."""
+    """Returns the moments of a layer's input."""
     axis = getattr(module, "axis", -1)
     if isinstance(module, VirtualBatches):  # Of the layer that it makes.
         axis = getattr(module.norm, "keywords", {}).get("axis", -1)
-    features = canonical_axes(x.ndim, axis)
-    axes = tuple(i for i in range(x.ndim) if i not in features)
     if examples is not None:
         examples = examples.reshape(-1, *(1,) * (x.ndim - 1))
         mask = examples if mask is None else mask & examples
-    return batch_moments(x, axes, mask=mask, axis_name=axis_name, use_fast_variance=False)
-
-
-def add_moments(totals: dict[str, Moments], recorded: dict[str, Moments]) -> dict[str, Moments]:
-    """Pools two batches' moments, layer by layer; `totals` may be empty."""
-    if not totals:
-        return recorded
-    return {layer: _pool_two(totals[layer], moments) for layer, moments in recorded.items()}
-
-
-def _pool_two(one: Moments, other: Moments) -> Moments:
-    return pool_groups(jax.tree.map(lambda *x: jnp.stack(x), one, other))
-
-
-def recalibrated(batch_stats: PyTree, moments: dict[str, Moments]) -> PyTree:
-    """Returns `batch_stats` with the statistics of the layers in `moments` replaced, by path."""
-
-    def replaced(path: tuple[str, ...], stats: PyTree) -> PyTree:
-        found = moments.get("/".join(path))
-        return stats if found is None else with_moments(stats, found)
-
-    return map_layers(replaced, batch_stats)
+    return input_moments(x, axis, mask=mask, axis_name=axis_name)
 
 
 def recalibrate(apply: Callable[..., Any], variables: PyTree, batches: Iterable[PyTree]) -> PyTree:

@@ -1,8 +1,9 @@
 """Named axes of a step: that step and layers mean the same devices."""
 
 import contextlib
+import contextvars
 from collections.abc import Iterator, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from flax import linen as nn
 from jax import lax
@@ -11,7 +12,7 @@ from mbn_jax.core.moments import AxisName
 
 
 class LayerCall(NamedTuple):
-    """What a call of a linen layer with batch statistics tells of itself.
+    """What a call of a layer with batch statistics tells of itself.
 
     Attributes:
       axis_name: named axis or axes that its statistics are synced over; None: none.
@@ -41,9 +42,36 @@ def _is_bound(axis_name: AxisName) -> bool:
     return True
 
 
+_found: contextvars.ContextVar[dict[str, LayerCall] | None] = contextvars.ContextVar(
+    "found", default=None
+)
+
+
+def report_call(path: str, layer: Any, *, training: bool) -> None:
+    """Tells `layer_calls` of a call of a layer; does nothing outside of it.
+
+    Args:
+      path: path of the layer in its model.
+      layer: normalization layer of any Flax API.
+      training: whether the call normalizes by the batch and writes statistics.
+    """
+    found = _found.get()
+    if found is not None and (training or path not in found):
+        groups = layer.axis_index_groups is not None
+        found[path] = LayerCall(layer.axis_name, groups, training)
+
+
+def has_axes(layer: Any) -> bool:
+    """Returns whether a layer is a normalization layer whose statistics can be synced."""
+    names = ("axis_name", "axis_index_groups", "use_running_average")
+    return all(hasattr(layer, name) for name in names)
+
+
 @contextlib.contextmanager
 def layer_calls() -> Iterator[dict[str, LayerCall]]:
-    """Collects the calls of linen layers with batch statistics, while a forward is traced.
+    """Collects the calls of layers with batch statistics, while a forward is traced.
+
+    Layers of linen are found here; an `apply_fn` of another API calls `report_call`.
 
     Yields:
       The calls by the layer's path; of several calls of a layer one in training, if there is one.
@@ -52,20 +80,19 @@ def layer_calls() -> Iterator[dict[str, LayerCall]]:
 
     def interceptor(call, args, kwargs, context):
         module = context.module
-        names = ("axis_name", "axis_index_groups", "use_running_average")
-        if context.method_name == "__call__" and all(hasattr(module, name) for name in names):
-            path = "/".join(module.path)
+        if context.method_name == "__call__" and has_axes(module):
             flag = module.use_running_average
             if flag is None:
                 flag = kwargs.get("use_running_average", args[1] if len(args) > 1 else None)
-            training = not flag
-            if training or path not in found:
-                groups = module.axis_index_groups is not None
-                found[path] = LayerCall(module.axis_name, groups, training)
+            report_call("/".join(module.path), module, training=not flag)
         return call(*args, **kwargs)
 
-    with nn.intercept_methods(interceptor):
-        yield found
+    token = _found.set(found)
+    try:
+        with nn.intercept_methods(interceptor):
+            yield found
+    finally:
+        _found.reset(token)
 
 
 def check_axes(

@@ -178,8 +178,8 @@ def _check_updates(updates: Mapping[str, Any], apply: BoundApply, frozen: bool) 
         if not frozen and is_same(written, before):
             raise ValueError(
                 "No layer wrote statistics: loss_fn must apply the model in training mode "
-                "(train=True, or use_running_average=False). To train around frozen statistics, "
-                "give make_train_step frozen_statistics=True."
+                "(train=True, or use_running_average=False; in NNX model.train()). To train around "
+                "frozen statistics, give make_train_step frozen_statistics=True."
             )
     elif any(is_same(written, earlier) for earlier in apply.outdated):
         raise ValueError(

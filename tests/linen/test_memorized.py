@@ -12,7 +12,9 @@ import optax
 import pytest
 import reference
 from flax import linen as nn
+from nnx_as_linen import as_linen
 
+import mbn_jax.nnx
 from mbn_jax import MemorizedBatchNorm
 from mbn_jax.core.double_forward import BATCH_MOMENTS, RECORDS
 from mbn_jax.core.gradient import clipped_renorm, with_gradient
@@ -83,6 +85,15 @@ NORMS = {
     ),
     "endless": Norm(endless),
     "endless_through": Norm(functools.partial(endless, gradient="through", decay=1.0)),
+    "nnx_memorized": Norm(
+        as_linen(functools.partial(mbn_jax.nnx.MemorizedBatchNorm, memory_size=4))
+    ),
+    "nnx_endless": Norm(
+        as_linen(functools.partial(mbn_jax.nnx.MemorizedBatchNorm, memory_size=None))
+    ),
+    "nnx_batch_renorm": Norm(
+        as_linen(functools.partial(mbn_jax.nnx.BatchRenorm, r_max=2.0, d_max=1.0))
+    ),
     "affine": Norm(Affine, statistics=False),
 }
 every_norm = pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
