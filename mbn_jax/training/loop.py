@@ -135,7 +135,6 @@ def _open_checkpoints(run: Run) -> Checkpoints:
         return Checkpoints(
             run.workdir / CHECKPOINTS,
             keep=run.config.keep_checkpoints,
-            every=run.intervals.checkpoint,
             keep_best=run.config.keep_best,
         )
 

@@ -236,7 +236,7 @@ def test_a_run_starts_with_the_weights_of_another(finished, config, tmp_path):
 
 def test_the_best_checkpoint_is_kept_and_evaluated(config, tmp_path):
     state = replicate(small_state(), ONE_DEVICE.devices)
-    checkpoints = Checkpoints(tmp_path / "kept", keep=2, every=10, keep_best=True)
+    checkpoints = Checkpoints(tmp_path / "kept", keep=2, keep_best=True)
     errors = {10: 0.3, 20: 0.1, 25: None, 30: 0.1, 40: 0.2, 50: 0.4, 60: 0.3}
     for step, error in errors.items():
         state = state.replace(step=jnp.full_like(state.step, step))
@@ -251,14 +251,34 @@ def test_the_best_checkpoint_is_kept_and_evaluated(config, tmp_path):
     checkpoints.close()
 
     config = changed(config, keep_best=True, keep_checkpoints=1, optimizer__learning_rate=0.2)
+    # No evaluation but the last would be due where a checkpoint is.
+    config = changed(config, checkpoint_every_steps=2, eval_every_steps=3)
     train(config, tmp_path / "run", programs=ONE_DEVICE)
     errors = {
         r["step"]: r["test_error"] for r in read_metrics(tmp_path / "run") if "test_error" in r
     }
-    best = min(errors, key=lambda step: (errors[step], -step))
+    assert sorted(errors) == [2, 3, 4, 6, 8]
+    best = min(errors.keys() - {3}, key=lambda step: (errors[step], -step))
     evaluated = evaluate_run(tmp_path / "run", best=True)
     assert evaluated["step"] == best
     assert evaluated["error"] == errors[best]
+
+
+def kept(folder):
+    return sorted(int(path.name) for path in folder.iterdir())
+
+
+def test_checkpoints_of_another_interval_are_kept_like_all(tmp_path):
+    """Which one is temporary is not told by its step: the interval may change on the way."""
+    state = replicate(small_state(), ONE_DEVICE.devices)
+    for interval, steps in ((10, (10, 20, 24, 30)), (7, (35, 42))):
+        checkpoints = Checkpoints(tmp_path, keep=4)
+        for step in steps:
+            state = state.replace(step=jnp.full_like(state.step, step))
+            is_temporary = step % interval != 0
+            checkpoints.save(state, local_statistics=False, temporary=is_temporary)
+        checkpoints.close()
+    assert kept(tmp_path) == [20, 30, 35, 42]
 
 
 def small_state(impl=None):
