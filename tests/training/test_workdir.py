@@ -23,6 +23,7 @@ from runs import assert_same_bits, write_config
 from mbn_jax.errors import ExitStatus, UserError
 from mbn_jax.main import train_command
 from mbn_jax.parallel.devices import first_device, replicate
+from mbn_jax.parallel.preemption import StoppedError
 from mbn_jax.step.state import TrainState
 from mbn_jax.training.checkpoints import Checkpoints
 from mbn_jax.training.compatibility import MAY_CHANGE, REMOVED
@@ -279,6 +280,32 @@ def test_checkpoints_of_another_interval_are_kept_like_all(tmp_path):
             checkpoints.save(state, local_statistics=False, temporary=is_temporary)
         checkpoints.close()
     assert kept(tmp_path) == [20, 30, 35, 42]
+
+
+def test_a_run_that_resumes_between_dispatches_misses_nothing_that_is_due(config, tmp_path):
+    """Lengthened from step 5, or with another `steps_per_dispatch`."""
+    config = changed(config, steps_per_dispatch=4, log_every_steps=4, eval_every_steps=8)
+    config = changed(config, checkpoint_every_steps=4, num_epochs=1.25)
+    assert train(config, tmp_path, programs=ONE_DEVICE)["step"] == 5
+    config = changed(config, num_epochs=4.5)
+
+    def stop_asked(first, last):
+        return last == 12
+
+    with pytest.raises(StoppedError):
+        train(config, tmp_path, programs=ONE_DEVICE, stop_asked=stop_asked)
+    config = changed(config, steps_per_dispatch=3, log_every_steps=3, eval_every_steps=9)
+    config = changed(config, checkpoint_every_steps=9, shift__every_steps=9, num_epochs=5.0)
+    train(config, tmp_path, programs=ONE_DEVICE)
+    evaluated = {r["step"]: "test_error" in r for r in read_metrics(tmp_path)}
+    no, yes = False, True
+    assert evaluated == {4: no, 5: yes, 8: yes, 12: no, 15: no, 18: yes, 20: yes}
+    assert kept(tmp_path / CHECKPOINTS) == [12, 18, 20]
+    # The batches are the same: one step after the other gives the same network, but for rounding.
+    single = changed(config, steps_per_dispatch=1)
+    train(single, tmp_path / "single", programs=ONE_DEVICE)
+    found = (final_state(single, folder).params for folder in (tmp_path, tmp_path / "single"))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), *found)
 
 
 def small_state(impl=None):
