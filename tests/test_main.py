@@ -152,7 +152,17 @@ def test_missing_arguments(argv, message):
 def test_a_broken_config_file_is_named(tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text("def get_config():\n  return 1 / 0\n")
-    with pytest.raises(UserError, match=r"broken\.py: get_config\(\) failed: ZeroDivisionError"):
+    with pytest.raises(
+        UserError,
+        match=r"broken\.py: get_config\(\) failed: ZeroDivisionError: .* \(broken\.py, line 2\)$",
+    ):
+        parse_config(str(broken))
+    (tmp_path / "neighbour.py").write_text("def value():\n\n  return int('many')\n")
+    broken.write_text("import neighbour\ndef get_config():\n  return neighbour.value()\n")
+    with pytest.raises(UserError, match=r"ValueError: .* \(neighbour\.py, line 3\)$"):
+        parse_config(str(broken))
+    broken.write_text("def get_config():\n  return (\n")
+    with pytest.raises(UserError, match=r"SyntaxError: .* \(broken\.py, line 2\)$"):
         parse_config(str(broken))
 
 

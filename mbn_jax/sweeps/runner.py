@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -33,6 +34,7 @@ from mbn_jax.training.program import Programs
 from mbn_jax.training.reporting import read_metrics
 
 MEMBERS = "members"
+TRACEBACK = "traceback.txt"
 POLL_SECONDS = 1.0
 
 GIVES_BACK = (
@@ -209,6 +211,9 @@ class Runner:
                 raise
             except Exception as error:  # Whatever it is, the other members go on.
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                if not isinstance(error, UserError):
+                    (folder / TRACEBACK).write_text(traceback.format_exc())
+                    reason += f"; see {TRACEBACK} in its folder"
                 _record_end(trial, folder, store.FAILED, reason=reason)
                 raise
             _record_end(trial, folder, store.FINISHED)

@@ -164,7 +164,10 @@ def test_what_diverges_or_fails_is_recorded_and_the_rest_goes_on(
     assert results.loc["broken", "outcome"].tolist() == ["failed"] * 2
     assert results.loc["bad", "reason"].str.contains("at learning rate").all()
     assert (results.loc["bad", "end_step"] > 1).all()
-    assert set(results.loc["broken", "reason"]) == {"MemoryError: no room left"}
+    told = "MemoryError: no room left; see traceback.txt in its folder"
+    assert set(results.loc["broken", "reason"]) == {told}
+    traceback = (workdir / "members" / "norm=broken,seed=0" / "traceback.txt").read_text()
+    assert "in fail_sometimes" in traceback
     table = summarize(
         read_results(store.open_study(workdir)), {"norm": list(axes["norm"])}, "test_error", {}
     )
