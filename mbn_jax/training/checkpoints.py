@@ -191,7 +191,7 @@ class Checkpoints:
         state = state.replace(key=jax.random.key(0, impl=key_impl))
         target = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), _with_key_data(state))
         stats = jax.tree.map(lambda x: np.stack([np.asarray(x)] * groups), state.batch_stats)
-        saved = stats if "layers_recorded" in layout else saved_statistics.before_records(stats)
+        saved = stats if "layers_recorded" in layout else saved_statistics.without_rule(stats)
         tree = {"state": target.replace(batch_stats={}), "batch_stats": saved}
         args = ocp.args.Composite(tree=ocp.args.StandardRestore(tree))
         try:
@@ -203,7 +203,7 @@ class Checkpoints:
                 f"config ({str(error).splitlines()[0]}); use the config it was made with."
             ) from error
         key = jax.random.wrap_key_data(tree["state"].key, impl=key_impl)
-        return tree["state"].replace(key=key), saved_statistics.merged(stats, tree["batch_stats"])
+        return tree["state"].replace(key=key), saved_statistics.overlay(stats, tree["batch_stats"])
 
     def close(self) -> None:
         """Releases Orbax's threads."""

@@ -20,6 +20,7 @@ import pytest
 import runs
 from runs import assert_same_bits, write_config
 
+from mbn_jax.core.batch_stats import inference_statistics, layers_with_statistics
 from mbn_jax.errors import ExitStatus, UserError
 from mbn_jax.main import train_command
 from mbn_jax.parallel.devices import first_device, replicate
@@ -30,6 +31,7 @@ from mbn_jax.training.compatibility import MAY_CHANGE, REMOVED
 from mbn_jax.training.config import default_config, fields
 from mbn_jax.training.config_files import with_fields
 from mbn_jax.training.evaluation import evaluate_run
+from mbn_jax.training.initialization import with_weights_of
 from mbn_jax.training.lock import only_one, only_writer
 from mbn_jax.training.loop import train
 from mbn_jax.training.orbax_errors import raised_once
@@ -221,18 +223,61 @@ def test_a_run_starts_with_the_weights_of_another(finished, config, tmp_path):
     assert_same_bits(found.params, source.params)
     assert jax.random.key_data(found.key).tolist() != jax.random.key_data(source.key).tolist()
     layer = "MemorizedBatchNorm_0"
-    filled = [np.count_nonzero(s.batch_stats[layer]["count"][:, 0]) for s in (source, found)]
+    filled = [np.count_nonzero(s.batch_stats[layer]["count"][0, :, 0]) for s in (source, found)]
     assert filled == [8, 9]
     shutil.rmtree(tmp_path / "run" / CHECKPOINTS)  # Once it has begun, it needs the other no more.
     for values, told in (
         ({"model__features": (5,)}, r"has shape \(.*4\) there, expected \(.*5\)"),
         ({"norm__memory_size": 8}, r"has shape \(64, 4\) there, expected \(8, 4\)"),
         ({"norm__name": "batch"}, "other normalization layers"),
-        ({"init_from": str(tmp_path / "none")}, "none has no sound checkpoint"),
+        ({"init_from": str(tmp_path / "none")}, "none has no valid checkpoint"),
     ):
         with pytest.raises(UserError, match=f"init_from=.*{told}"):
             train(changed(other, **values), tmp_path / "other", programs=ONE_DEVICE)
         shutil.rmtree(tmp_path / "other")
+
+
+GROWING = {"norm.memory_schedule.start_size": 2, "norm.memory_schedule.end": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("values", "changes"),
+    [
+        (GROWING, {}),
+        ({}, GROWING),
+        (GROWING, {"norm.memory_schedule.start_size": 0, "norm.decay": 0.5}),
+        ({"norm.name": "batch_renorm"}, {}),
+        ({"norm.name": "batch"}, {"norm.name": "memorized"}),
+        ({"norm.name": "batch"}, {"norm.name": "memorized", "norm.memory_size": 0}),
+        ({"norm.name": "batch"}, {"norm.name": "batch_renorm"}),
+    ],
+)
+def test_a_run_that_starts_from_another_begins_its_schedules_anew(
+    config, tmp_path, values, changes
+):
+    config = with_fields(config, values, "the test")
+    train(config, tmp_path / "run", programs=ONE_DEVICE)
+    start = first_device(final_state(config, tmp_path / "run"))
+    config = with_fields(config, changes, "the test")
+    fresh = ONE_DEVICE.get(config).init_state(config)
+    state = with_weights_of(str(tmp_path / "run"), fresh)
+    assert jax.tree.structure(state) == jax.tree.structure(fresh)
+    for module in ("Conv_0", "Dense_0"):  # The norm may have another name.
+        assert_same_bits(*(jax.device_get(s.params[module]) for s in (state, start)))
+    (layer,) = jax.device_get(layers_with_statistics(state.batch_stats)).values()
+    (expected,) = layers_with_statistics(jax.device_get(fresh.batch_stats)).values()
+    for name in {"steps", "rule"} & layer.keys():
+        assert_same_bits(layer[name], expected[name])
+    (old,) = layers_with_statistics(start.batch_stats).values()
+    if values.get("norm.name") == "batch":
+        for found, moments in zip(
+            inference_statistics(layer), (old["mean"], old["var"]), strict=True
+        ):
+            np.testing.assert_allclose(found, moments, rtol=1e-6)
+    else:
+        assert_same_bits(
+            {k: layer[k] for k in ("mean", "var")}, {k: old[k] for k in ("mean", "var")}
+        )
 
 
 def test_the_best_checkpoint_is_kept_and_evaluated(config, tmp_path):
