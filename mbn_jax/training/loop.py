@@ -66,6 +66,7 @@ def train(
     workdir = pathlib.Path(workdir)
     program = _open(config, workdir, programs or Programs())
     start = find_start(program, config, workdir)
+    _save_config(config, workdir)
     with first_host_first():  # If the first host cannot write, all of them end.
         reporter = Reporter(
             workdir,
@@ -99,16 +100,21 @@ def _open(config: ConfigDict, workdir: pathlib.Path, programs: Programs) -> Prog
     with first_host_first():  # One host prepares folder and data for all.
         open_workdir(config, workdir)
         program = programs.get(config)
-        if jax.process_index() == 0:  # Again on resuming: some fields may change.
+    task = program.task
+    check_alike(training_examples=len(task.train), test_examples=len(task.test))
+    return program
+
+
+def _save_config(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Writes config.json, on resuming too, where some fields may change; raises UserError."""
+    with first_host_first():
+        if jax.process_index() == 0:
             save_config(config, workdir)
         if not (workdir / CONFIG).exists():
             raise UserError(
                 f"Host {jax.process_index()} does not find what the first host wrote to "
                 f"--workdir={workdir}; give a folder that all hosts share."
             )
-    task = program.task
-    check_alike(training_examples=len(task.train), test_examples=len(task.test))
-    return program
 
 
 @dataclasses.dataclass(frozen=True)

@@ -239,6 +239,7 @@ def test_another_config_is_refused_where_config_json_is_gone(finished_run, tmp_p
     workdir = damaged(run, tmp_path / "run", "config.json", pathlib.Path.unlink)
     with pytest.raises(UserError, match=r"norm\.decay was 0\.97 and is 0\.5"):
         train(with_fields(config, {"norm.decay": 0.5}, "the test"), workdir)
+    assert not (workdir / "config.json").exists()  # Refused, it left no trace.
 
 
 def test_lost_records_are_told_and_a_damaged_checkpoint_is_not_evaluated(
