@@ -267,6 +267,25 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_nothing_behind(three_checkp
     assert not unfinished.exists()
 
 
+def test_a_checkpoint_that_its_run_deletes_while_it_is_checked_is_skipped(
+    three_checkpoints, tmp_path, monkeypatch, caplog
+):
+    shutil.copytree(three_checkpoints, tmp_path / "going_on")
+    read = pathlib.Path.read_bytes
+
+    def deleted_meanwhile(path):
+        if "2" in path.parts[-4:]:
+            shutil.rmtree(tmp_path / "going_on" / "2", ignore_errors=True)
+        return read(path)
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", deleted_meanwhile)
+    checkpoints = Checkpoints(tmp_path / "going_on")
+    restored = checkpoints.restore(small_state(), local_statistics=False, best=True)
+    checkpoints.close()
+    assert int(restored.step[0]) == 3
+    assert "Skipped the checkpoint of step 2: it was deleted meanwhile" in caplog.text
+
+
 LIMIT_FILES = """
 import resource, signal
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
