@@ -85,8 +85,7 @@ def train(
         ):
             _train_from(start, run, checkpoints, stop_asked)
     except DivergenceError as error:
-        last_saved = find_start(program, config, workdir).state
-        layer = find_layer(program, config, last_saved, error)
+        layer = _find_layer(run, error)
         message = f"{error}; {layer}; training stopped. {REMEDY}"
         raise DivergenceError(message, error.step, error.after_update) from error
     with first_host_first(), writing(workdir):
@@ -186,6 +185,16 @@ def _train_from(
         if stops:
             raise StoppedError(f"stopped after step {step}, which is saved")
         clock, clock_step = time.monotonic(), step
+
+
+def _find_layer(run: Run, error: DivergenceError) -> str:
+    """Returns a clause on the layer where a run diverged, whatever stands in the way of it."""
+    try:
+        last_saved = find_start(run.program, run.config, run.workdir).state
+        return find_layer(run.program, run.config, last_saved, error)
+    except Exception as failed:  # The divergence is what must be told.
+        reason = " ".join(str(failed).split()) or type(failed).__name__
+        return f"its layer could not be found ({reason})"
 
 
 def _to_host(pending: list[Any]) -> dict[str, np.ndarray]:

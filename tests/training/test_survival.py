@@ -26,7 +26,7 @@ from mbn_jax.step.state import TrainState
 from mbn_jax.sweeps import storage as store
 from mbn_jax.sweeps.declaration import Member
 from mbn_jax.sweeps.results import read_results, write_results
-from mbn_jax.training import divergence, steps
+from mbn_jax.training import divergence, loop, steps
 from mbn_jax.training.checkpoints import Checkpoints
 from mbn_jax.training.config import default_config, program_key
 from mbn_jax.training.config_files import with_fields
@@ -423,6 +423,22 @@ def test_the_layer_that_is_named_is_the_one_that_was_bad(config, tmp_path, monke
     monkeypatch.setattr(divergence, "MAX_REPLAYED_STEPS", 1)
     with pytest.raises(DivergenceError, match="its layer was not looked for"):
         train(config, tmp_path, programs=programs)
+
+
+@pytest.mark.parametrize(
+    "error", [UserError("Cannot write to --workdir:\nfull"), OSError(28, "No space left")]
+)
+def test_divergence_is_told_where_its_layer_cannot_be_found(config, tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(loop, "find_layer", fail)
+    config = with_fields(config, DIVERGING, "the test")
+    reason = re.escape(" ".join(str(error).split()))
+    with pytest.raises(
+        DivergenceError, match=rf"The loss .* its layer could not be found \({reason}\); training"
+    ):
+        train(config, tmp_path)
 
 
 def test_fields_of_the_host_need_no_other_program(config):
