@@ -164,7 +164,6 @@ def test_a_run_resumes_with_another_record_but_not_with_another_training(run, co
         checkpoint_every_steps=5,
         keep_checkpoints=7,
         shift__every_steps=4,
-        eval_batch_size=64,
         dataset__data_dir=str(moved),
         recalibrate_batches=1,
     )
@@ -177,8 +176,15 @@ def test_a_run_resumes_with_another_record_but_not_with_another_training(run, co
     last = read_metrics(run)[-1]
     for name in ("test_error", "test_loss"):  # The same network.
         assert last[name] == pytest.approx(before[-1][name], rel=1e-6)
-    for field, value in (("batch_size", 8), ("norm.decay", 0.5), ("seed", 1)):
-        with pytest.raises(UserError, match=rf"another config \({field} was .* and is {value}\)"):
+    for field, value in (
+        ("batch_size", 8),
+        ("norm.decay", 0.5),
+        ("seed", 1),
+        ("shift.examples", 16),  # Of these three, what a recorded number means.
+        ("shift.layers", "_0"),
+        ("eval_batch_size", 64),
+    ):
+        with pytest.raises(UserError, match=rf"another config \({field} was .* and is {value!r}\)"):
             train(with_fields(other, {field: value}, "the test"), run, programs=ONE_DEVICE)
 
 
