@@ -17,6 +17,7 @@ RESUME = "run the same command to resume"
 def _run(name: str, command: Callable[[Sequence[str]], int]) -> None:
     """Runs a command with the process's arguments, and exits with its status."""
     make_streams_unbreakable()
+    sys.unraisablehook = _show_unraisable
     try:
         from absl import logging  # Of the extra 'train', as much that commands import.
 
@@ -52,6 +53,12 @@ def _run(name: str, command: Callable[[Sequence[str]], int]) -> None:
 
         hosts.leave(status)
     sys.exit(status)
+
+
+def _show_unraisable(unraisable) -> None:
+    """Shows what Python cannot raise, but for what TensorStore's threads say after a full disk."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
 
 
 def _missing_package(error: Exception) -> str | None:

@@ -210,6 +210,28 @@ def test_a_mistake_ends_with_a_sentence_a_status_and_no_traceback(tmp_path):
     assert result.stderr == "mbn-train: norm.decay must be in (0, 1], got 2.0.\n"
 
 
+UNRAISABLE = """
+import mbn_jax.main
+class Late:
+    def __init__(self, text):
+        self.text = text
+    def __del__(self):
+        raise RuntimeError(self.text)
+def command(argv):
+    for text in ("Event loop is closed", "something else"):
+        Late(text)
+    return 0
+mbn_jax.main._run("mbn-train", command)
+"""
+
+
+def test_what_threads_say_late_of_a_full_disk_is_silent():
+    told = subprocess.run([sys.executable, "-c", UNRAISABLE], capture_output=True, text=True)
+    assert told.returncode == 0
+    assert "something else" in told.stderr
+    assert "Event loop" not in told.stderr
+
+
 def test_help_shows_commands_to_type():
     result = subprocess.run(
         [sys.executable, "-m", "mbn_jax.main", "--help"], capture_output=True, text=True, check=True

@@ -18,7 +18,7 @@ from mbn_jax.errors import UserError
 from mbn_jax.parallel.devices import Devices, agree, first_device, first_host_first, replicate
 from mbn_jax.step.state import TrainState
 from mbn_jax.training import saved_statistics
-from mbn_jax.training.orbax_errors import raised_once
+from mbn_jax.training.orbax_errors import disk_errors
 from mbn_jax.training.seal import damage, seal
 
 PyTree = Any
@@ -90,7 +90,7 @@ class Checkpoints:
             tree=ocp.args.StandardSave(tree), layout=ocp.args.JsonSave(layout)
         )
         step = int(host.step)
-        with raised_once():
+        with disk_errors():
             saved = self._manager.save(step, args=args)
         if not saved:
             raise RuntimeError(f"Orbax declined to save step {step} in {self._folder}.")

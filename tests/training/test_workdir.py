@@ -34,7 +34,7 @@ from mbn_jax.training.evaluation import evaluate_run
 from mbn_jax.training.initialization import with_weights_of
 from mbn_jax.training.lock import only_one, only_writer
 from mbn_jax.training.loop import train
-from mbn_jax.training.orbax_errors import raised_once
+from mbn_jax.training.orbax_errors import disk_errors
 from mbn_jax.training.program import Programs
 from mbn_jax.training.reporting import METRICS, Reporter, check_records, read_metrics
 from mbn_jax.training.workdir import CHECKPOINTS, CONFIG, load_config
@@ -421,19 +421,33 @@ def test_what_asyncio_says_late_of_a_full_disk_is_silent(caplog):
         gc.collect()
 
     full = "Error writing local file [os_error_code='28']"
-    logger = logging.getLogger("asyncio")
-    before = list(logger.filters)
-    try:
-        with pytest.raises(OSError, match="Error writing") as error, raised_once():
-            raise ValueError(full)
-        assert error.value.errno == 28
-        leave_unretrieved(ValueError(full))
-        leave_unretrieved(OSError(28, "No space left on device"))
-        assert "never retrieved" not in caplog.text
-        leave_unretrieved(ValueError("something else"))
-        assert "something else" in caplog.text
-    finally:
-        logger.filters[:] = before
+    with pytest.raises(OSError, match="Error writing") as error, disk_errors():
+        raise ValueError(full)
+    assert error.value.errno == 28
+    leave_unretrieved(ValueError(full))
+    leave_unretrieved(OSError(28, "No space left on device"))
+    assert "never retrieved" not in caplog.text
+    leave_unretrieved(ValueError("something else"))
+    assert "something else" in caplog.text
+
+
+def test_a_save_that_fails_leaves_the_process_as_it_was(tmp_path, monkeypatch):
+    """Other threads of a sweep save at the same time."""
+    checkpoints = Checkpoints(tmp_path)
+
+    def fail(*_, **__):
+        assert (sys.unraisablehook, filters()) == before
+        raise ValueError("Error writing local file [os_error_code='28']")
+
+    def filters():
+        return [list(logging.getLogger(name).filters) for name in ("absl", "asyncio")]
+
+    before = sys.unraisablehook, filters()
+    monkeypatch.setattr(checkpoints._manager, "save", fail)
+    with pytest.raises(OSError, match="Error writing"):
+        checkpoints.save(replicate(small_state()), local_statistics=False)
+    checkpoints.close()
+    assert (sys.unraisablehook, filters()) == before
 
 
 def test_platforms_that_are_not_there_are_told():
