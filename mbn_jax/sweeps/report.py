@@ -173,7 +173,7 @@ def _cost(study: optuna.Study, results: pd.DataFrame) -> pd.DataFrame:
     median = np.median(seconds) if seconds else np.nan
     cells = {
         "members run": len(costs),
-        "seconds a member (median, since its last start)": f"{median:.1f}",
+        "seconds a member (median, over all its attempts)": f"{median:.1f}",
         "seconds in all of these": f"{sum(seconds):.0f}",
         "images/s a member (median)": f"{measured(results, 'images_per_second').median():,.0f}",
         "compilations of the step": sum(cost["step_compilations"] for cost in costs),
