@@ -2,6 +2,7 @@
 
 import argparse
 import difflib
+import itertools
 import os
 import pathlib
 from collections.abc import Sequence
@@ -37,6 +38,13 @@ def parse_with_fields(
       UserError: for an argument that is neither.
     """
     args, overrides = parser.parse_known_args(argv)
+    if getattr(args, "field", None) is not None:
+        raise UserError("--config.FIELD stands for a field's name: --config.seed=3, for example")
+    for text, value in itertools.pairwise(argv):
+        # What follows a field may have been taken for a positional argument.
+        is_field = text.startswith("--config.") and "=" not in text
+        if is_field and value in vars(args).values() and not os.path.exists(value):
+            raise UserError(f"{text} needs =VALUE: {text}={value}")
     after_field = False
     for text in overrides:
         is_field = text.startswith("--config.")

@@ -1,13 +1,11 @@
 """The front door of the commands: entry points, one sentence for a mistake, an exit status."""
 
+import importlib.util
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 
-from absl import logging
-
 from mbn_jax.errors import ExitStatus, StoppedError, UserError
-from mbn_jax.extras import require_train_extra
 from mbn_jax.streams import make_streams_unbreakable
 from mbn_jax.sweeps.arguments import report_command, sweep_command
 from mbn_jax.training.eval_command import eval_command
@@ -19,9 +17,11 @@ RESUME = "run the same command to resume"
 def _run(name: str, command: Callable[[Sequence[str]], int]) -> None:
     """Runs a command with the process's arguments, and exits with its status."""
     make_streams_unbreakable()
-    logging.set_verbosity(logging.WARNING)
+    sys.unraisablehook = _show_unraisable
     try:
-        require_train_extra()
+        from absl import logging  # Of the extra 'train', as much that commands import.
+
+        logging.set_verbosity(logging.WARNING)
         status = command(sys.argv[1:])
     except UserError as error:
         _tell(f"{name}: {error}")
@@ -32,7 +32,13 @@ def _run(name: str, command: Callable[[Sequence[str]], int]) -> None:
     except Exception as error:
         from mbn_jax.parallel import hosts
 
-        if isinstance(error, StoppedError):
+        if package := _missing_package(error):
+            _tell(
+                f"{name}: the package {package} is not installed; this command needs the extra "
+                "'train': pip install 'mbn-jax[train]'"
+            )
+            status = ExitStatus.USER_MISTAKE
+        elif isinstance(error, StoppedError):
             if hosts.is_first_host():
                 _tell(f"{name}: {error}; {RESUME}")
             status = ExitStatus.STOPPED
@@ -47,6 +53,20 @@ def _run(name: str, command: Callable[[Sequence[str]], int]) -> None:
 
         hosts.leave(status)
     sys.exit(status)
+
+
+def _show_unraisable(unraisable) -> None:
+    """Shows what Python cannot raise, but for what TensorStore's threads say after a full disk."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        sys.__unraisablehook__(unraisable)
+
+
+def _missing_package(error: Exception) -> str | None:
+    """Returns the name of a package that is not installed, where the error says so."""
+    if not isinstance(error, ModuleNotFoundError) or not error.name:
+        return None
+    package = error.name.split(".")[0]
+    return package if importlib.util.find_spec(package) is None else None  # Else: a bug.
 
 
 def _tell(sentence: str) -> None:

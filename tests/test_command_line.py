@@ -8,7 +8,7 @@ import sys
 import pytest
 
 import mbn_jax
-from mbn_jax.command_line import command_parser, folder, parse_with_fields
+from mbn_jax.command_line import add_config_fields, command_parser, folder, parse_with_fields
 from mbn_jax.datasets.data_dir import find_data_dir
 from mbn_jax.datasets.tfds_splits import load_split
 from mbn_jax.errors import UserError
@@ -69,6 +69,29 @@ def test_fields_may_have_their_value_after_them():
     for wrong in (["--config.seed=3", "4"], ["--sed=3"], ["-3"]):
         with pytest.raises(UserError, match=f"unknown argument {wrong[-1]}"):
             parse_with_fields(parser, wrong)
+
+
+def test_a_field_before_a_positional_argument_needs_its_value_at_once(tmp_path):
+    parser = command_parser("mbn-sweep", "")
+    parser.add_argument("experiment")
+    parser.add_argument("--workdir")
+    add_config_fields(parser, "")
+    file = tmp_path / "experiment.py"
+    file.touch()
+    for argv in (["--config.norm.decay", "0.9", str(file)], ["--config.norm.decay", "0.9"]):
+        with pytest.raises(UserError, match=r"^--config.norm.decay needs =VALUE: .*decay=0\.9$"):
+            parse_with_fields(parser, argv)
+    for argv in (
+        ["--config.dataset.flip", str(file)],  # True or False, the former without saying so.
+        [str(file), "--config.dataset.flip"],
+        [str(file), "--config.norm.decay", "0.9"],
+    ):
+        args, overrides = parse_with_fields(parser, argv)
+        assert args.experiment == str(file)
+        assert overrides == [text for text in argv if text != str(file)]
+    for argv in (["--config.FIELD=3"], ["--config.FIELD", "3"]):
+        with pytest.raises(UserError, match=r"--config\.FIELD stands for a field's name"):
+            parse_with_fields(parser, [str(file), *argv])
 
 
 def test_the_library_is_imported_when_it_is_used():

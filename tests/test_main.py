@@ -152,7 +152,17 @@ def test_missing_arguments(argv, message):
 def test_a_broken_config_file_is_named(tmp_path):
     broken = tmp_path / "broken.py"
     broken.write_text("def get_config():\n  return 1 / 0\n")
-    with pytest.raises(UserError, match=r"broken\.py: get_config\(\) failed: ZeroDivisionError"):
+    with pytest.raises(
+        UserError,
+        match=r"broken\.py: get_config\(\) failed: ZeroDivisionError: .* \(broken\.py, line 2\)$",
+    ):
+        parse_config(str(broken))
+    (tmp_path / "neighbour.py").write_text("def value():\n\n  return int('many')\n")
+    broken.write_text("import neighbour\ndef get_config():\n  return neighbour.value()\n")
+    with pytest.raises(UserError, match=r"ValueError: .* \(neighbour\.py, line 3\)$"):
+        parse_config(str(broken))
+    broken.write_text("def get_config():\n  return (\n")
+    with pytest.raises(UserError, match=r"SyntaxError: .* \(broken\.py, line 2\)$"):
         parse_config(str(broken))
 
 
@@ -198,6 +208,28 @@ def test_a_mistake_ends_with_a_sentence_a_status_and_no_traceback(tmp_path):
     )
     assert result.returncode == 2
     assert result.stderr == "mbn-train: norm.decay must be in (0, 1], got 2.0.\n"
+
+
+UNRAISABLE = """
+import mbn_jax.main
+class Late:
+    def __init__(self, text):
+        self.text = text
+    def __del__(self):
+        raise RuntimeError(self.text)
+def command(argv):
+    for text in ("Event loop is closed", "something else"):
+        Late(text)
+    return 0
+mbn_jax.main._run("mbn-train", command)
+"""
+
+
+def test_what_threads_say_late_of_a_full_disk_is_silent():
+    told = subprocess.run([sys.executable, "-c", UNRAISABLE], capture_output=True, text=True)
+    assert told.returncode == 0
+    assert "something else" in told.stderr
+    assert "Event loop" not in told.stderr
 
 
 def test_help_shows_commands_to_type():

@@ -3,8 +3,6 @@
 So a run is the same on one host or many, and a resumed run continues as if it had never stopped.
 """
 
-import functools
-
 import numpy as np
 
 from mbn_jax.datasets.split import Split
@@ -33,6 +31,7 @@ class BatchOrder:
           UserError: if no class has enough examples for a chunk.
         """
         self.seed = seed
+        self._drawn: dict[int, np.ndarray] = {}
         self._batch_size = batch_size
         self._num_examples = len(split)
         self._chunk = batch_size // classes_per_batch if classes_per_batch else 0
@@ -56,8 +55,14 @@ class BatchOrder:
         begin -= epochs.start * self._length
         return order[begin:][: (last - first) * self._batch_size].reshape(-1, self._batch_size)
 
-    @functools.lru_cache(maxsize=2)  # noqa: B019  # The order lives as long as the run.
     def _epoch(self, epoch: int) -> np.ndarray:
+        drawn = self._drawn  # Threads may read across the end of an epoch.
+        if epoch not in drawn:
+            last = list(drawn.items())[-1:]
+            self._drawn = drawn = {**dict(last), epoch: self._draw(epoch)}
+        return drawn[epoch]
+
+    def _draw(self, epoch: int) -> np.ndarray:
         rng = np.random.default_rng((self.seed, epoch))
         order = rng.permutation(self._num_examples).astype(np.int32)
         if not self._chunk:

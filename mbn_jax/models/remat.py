@@ -20,4 +20,10 @@ def is_kept(primitive, *_, **__) -> bool:
 
 def stage(remat: bool, function: Callable[[nn.Module, jax.Array], jax.Array]) -> Callable:
     """Returns a part of a network, a function of module and input, rematerialized if `remat`."""
-    return nn.remat(function, policy=is_kept) if remat else function
+    if not remat:
+        return function
+
+    def rematerialized(module: nn.Module, x: jax.Array) -> jax.Array:
+        return function(module, x)  # A `functools.partial` has no name, for which flax asks.
+
+    return nn.remat(rematerialized, policy=is_kept)

@@ -1,10 +1,9 @@
 """A page of headings, texts, figures and tables, as HTML that stands alone and as Markdown."""
 
 import base64
-import dataclasses
 import html
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import NamedTuple
 
 import pandas as pd
 
@@ -26,145 +25,66 @@ code { overflow-wrap: anywhere; }
 """
 
 
-class Block(Protocol):
-    """A part of a page."""
+class Block(NamedTuple):
+    """A part of a page, in both languages."""
 
-    def html(self) -> str:
-        """Returns the block as HTML."""
-
-    def markdown(self) -> str:
-        """Returns the block as Markdown."""
+    html: str
+    markdown: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Section:
-    """The heading of a section."""
-
-    title: str
-
-    def html(self) -> str:
-        """Returns the block as HTML."""
-        return f"<h2>{html.escape(self.title)}</h2>"
-
-    def markdown(self) -> str:
-        """Returns the block as Markdown."""
-        return f"## {self.title}"
+def section(title: str) -> Block:
+    """Returns the heading of a section."""
+    return Block(f"<h2>{html.escape(title)}</h2>", f"## {title}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Text:
-    """A paragraph."""
-
-    text: str
-
-    def html(self) -> str:
-        """Returns the block as HTML."""
-        return f"<p>{html.escape(self.text)}</p>"
-
-    def markdown(self) -> str:
-        """Returns the block as Markdown."""
-        return self.text
+def text(paragraph: str) -> Block:
+    """Returns a paragraph."""
+    return Block(f"<p>{html.escape(paragraph)}</p>", paragraph)
 
 
-@dataclasses.dataclass(frozen=True)
-class Command:
-    """A line for a shell."""
-
-    line: str
-
-    def html(self) -> str:
-        """Returns the block as HTML."""
-        return f"<pre><code>{html.escape(self.line)}</code></pre>"
-
-    def markdown(self) -> str:
-        """Returns the block as Markdown."""
-        return f"    {self.line}"
+def command(line: str) -> Block:
+    """Returns a line for a shell."""
+    return Block(f"<pre><code>{html.escape(line)}</code></pre>", f"    {line}")
 
 
-@dataclasses.dataclass(frozen=True)
-class Picture:
-    """A figure: in HTML within the page, in Markdown as a link to its file.
-
-    Attributes:
-      path: of the file, seen from the page.
-      png: its content.
-      caption: what it shows.
-    """
-
-    path: str
-    png: bytes
-    caption: str
-
-    def html(self) -> str:
-        """Returns the block as HTML."""
-        data, caption = base64.b64encode(self.png).decode(), html.escape(self.caption)
-        return (
-            f'<figure><img src="data:image/png;base64,{data}" alt="{caption}">'
-            f"<figcaption>{caption}</figcaption></figure>"
-        )
-
-    def markdown(self) -> str:
-        """Returns the block as Markdown."""
-        return f"![{self.caption}]({self.path})\n\n*{self.caption}*"
+def picture(path: str, png: bytes, caption: str) -> Block:
+    """Returns a figure: in HTML within the page, in Markdown a link to its file."""
+    data, escaped = base64.b64encode(png).decode(), html.escape(caption)
+    return Block(
+        f'<figure><img src="data:image/png;base64,{data}" alt="{escaped}">'
+        f"<figcaption>{escaped}</figcaption></figure>",
+        f"![{caption}]({path})\n\n*{caption}*",
+    )
 
 
-@dataclasses.dataclass(frozen=True)
-class Table:
-    """A table of texts, without its index.
-
-    Attributes:
-      cells: the texts, with different names of columns.
-      is_text: whether to align all columns left; default: the first one, others right.
-    """
-
-    cells: pd.DataFrame
-    is_text: bool = False
-
-    def html(self) -> str:
-        """Returns the block as HTML."""
-        with pd.option_context("display.max_colwidth", None):
-            table = self.cells.to_html(
-                index=False, border=0, classes="text" if self.is_text else None
-            )
-        return f'<div class="scroll">{table}</div>'
-
-    def markdown(self) -> str:
-        """Returns the block as Markdown."""
-        head = list(self.cells.columns)
-        lines = [head, ["---"] * len(head), *self.cells.to_numpy().tolist()]
-        return "\n".join(f"| {' | '.join(map(_markdown_cell, line))} |" for line in lines)
+def table(cells: pd.DataFrame, *, is_text: bool = False) -> Block:
+    """Returns a table of texts without its index; the first column, or all, aligned left."""
+    with pd.option_context("display.max_colwidth", None):
+        as_html = cells.to_html(index=False, border=0, classes="text" if is_text else None)
+    head = list(cells.columns)
+    lines = [head, ["---"] * len(head), *cells.to_numpy().tolist()]
+    rows = [" | ".join(str(x).replace("|", "\\|").replace("\n", " ") for x in row) for row in lines]
+    return Block(f'<div class="scroll">{as_html}</div>', "\n".join(f"| {row} |" for row in rows))
 
 
-@dataclasses.dataclass(frozen=True)
-class Details:
-    """A long text of JSON that a reader may unfold."""
-
-    title: str
-    json: str
-
-    def html(self) -> str:
-        """Returns the block as HTML."""
-        title, text = html.escape(self.title), html.escape(self.json)
-        return f"<details><summary>{title}</summary><pre>{text}</pre></details>"
-
-    def markdown(self) -> str:
-        """Returns the block as Markdown."""
-        return f"<details><summary>{self.title}</summary>\n\n```json\n{self.json}\n```\n</details>"
-
-
-def _markdown_cell(value: Any) -> str:
-    return str(value).replace("|", "\\|").replace("\n", " ")
+def details(title: str, json: str) -> Block:
+    """Returns a long text of JSON that a reader may unfold."""
+    escaped = html.escape(title)
+    return Block(
+        f"<details><summary>{escaped}</summary><pre>{html.escape(json)}</pre></details>",
+        f"<details><summary>{title}</summary>\n\n```json\n{json}\n```\n</details>",
+    )
 
 
 def markdown_page(title: str, blocks: Sequence[Block]) -> str:
     """Returns the page as Markdown."""
-    return "\n\n".join([f"# {title}", *(block.markdown() for block in blocks)]) + "\n"
+    return "\n\n".join([f"# {title}", *(block.markdown for block in blocks)]) + "\n"
 
 
 def html_page(title: str, blocks: Sequence[Block]) -> str:
     """Returns the page as HTML that needs no other file."""
     title = html.escape(title)
-    body = "\n".join([f"<h1>{title}</h1>", *(block.html() for block in blocks)])
+    body = "\n".join([f"<h1>{title}</h1>", *(block.html for block in blocks)])
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

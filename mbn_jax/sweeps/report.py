@@ -10,6 +10,7 @@ import numpy as np
 import optuna
 import pandas as pd
 
+from mbn_jax.sweeps import page
 from mbn_jax.sweeps import storage as store
 from mbn_jax.sweeps.declaration import Figure
 from mbn_jax.sweeps.figures import caption, draw
@@ -20,17 +21,7 @@ from mbn_jax.sweeps.labels import (
     metric_label,
     sentence,
 )
-from mbn_jax.sweeps.page import (
-    Block,
-    Command,
-    Details,
-    Picture,
-    Section,
-    Table,
-    Text,
-    html_page,
-    markdown_page,
-)
+from mbn_jax.sweeps.page import Block
 from mbn_jax.sweeps.results import AXIS, RUN
 from mbn_jax.sweeps.summary import CONFIDENCE, last_rows, measured, summarize, unfinished
 from mbn_jax.training.workdir import replace
@@ -64,21 +55,19 @@ def write_report(study: optuna.Study, results: pd.DataFrame, workdir: pathlib.Pa
       The path of `report.html`.
     """
     sweep = study.user_attrs[store.SWEEP]
-    blocks: list[Block] = [Text(sweep["text"])] if sweep["text"] else []
-    blocks.append(Text(_setting(study, results)))
+    blocks: list[Block] = [page.text(sweep["text"])] if sweep["text"] else []
+    blocks.append(page.text(_setting(study, results)))
     (workdir / FIGURES).mkdir(exist_ok=True)
     for number, figure in enumerate(sweep["figures"], start=1):
-        blocks.append(_figure(number, Figure(**figure), results, sweep["axes"]))
-        if isinstance(blocks[-1], Picture):
-            replace(workdir / blocks[-1].path, blocks[-1].png)
+        blocks.append(_figure(number, Figure(**figure), results, sweep["axes"], workdir))
     for metric in sweep["metrics"]:
         blocks += _metric(metric, results, sweep)
     blocks += _lost_members(results, list(sweep["axes"]))
-    blocks += [Section("Cost"), Table(_cost(study, results))]
+    blocks += [page.section("Cost"), page.table(_cost(study, results))]
     blocks += _how_to_repeat(study)
-    pages = {MARKDOWN: markdown_page, HTML: html_page}
-    for name, page in pages.items():
-        replace(workdir / name, page(sweep["title"], blocks).encode(errors="backslashreplace"))
+    pages = {MARKDOWN: page.markdown_page, HTML: page.html_page}
+    for name, make in pages.items():
+        replace(workdir / name, make(sweep["title"], blocks).encode(errors="backslashreplace"))
     return workdir / HTML
 
 
@@ -93,25 +82,31 @@ def _setting(study: optuna.Study, results: pd.DataFrame) -> str:
 
 
 def _figure(
-    number: int, figure: Figure, results: pd.DataFrame, axes: Mapping[str, Sequence]
+    number: int,
+    figure: Figure,
+    results: pd.DataFrame,
+    axes: Mapping[str, Sequence],
+    workdir: pathlib.Path,
 ) -> Block:
-    """Draws a figure, where there is something to draw."""
+    """Draws a figure into its file too, where there is something to draw."""
     if measured(results, figure.y).isna().all():
-        return Text(f"No figure of {figure.y}: nothing has measured it yet.")
+        return page.text(f"No figure of {figure.y}: nothing has measured it yet.")
     file = re.sub(r"[^\w.=+-]+", "_", figure.y, flags=re.ASCII)
     path = f"{FIGURES}/{number}_{file}.png"
-    return Picture(path, draw(figure, results, axes), caption(figure))
+    png = draw(figure, results, axes)
+    replace(workdir / path, png)
+    return page.picture(path, png, caption(figure))
 
 
 def _metric(metric: str, results: pd.DataFrame, sweep: Mapping[str, Any]) -> Iterator[Block]:
     """Yields the section with the table of a metric."""
     over_steps, baseline = sweep["over_steps"], sweep["baseline"]
-    yield Section(f"{sentence(metric_label(metric))}, {OVER_STEPS[over_steps]}")
+    yield page.section(f"{sentence(metric_label(metric))}, {OVER_STEPS[over_steps]}")
     if measured(results, metric).isna().all():
-        yield Text("Nothing has measured it yet.")
+        yield page.text("Nothing has measured it yet.")
         return
     summary = summarize(results, sweep["axes"], metric, baseline, over_steps)
-    yield Table(_summary_as_text(summary, metric))
+    yield page.table(_summary_as_text(summary, metric))
     note = (
         f"Mean over the seeds that finished, ± half of the {CONFIDENCE:.0%} confidence interval "
         "(Student's t), and standard deviation."
@@ -119,7 +114,7 @@ def _metric(metric: str, results: pd.DataFrame, sweep: Mapping[str, Any]) -> Ite
     if baseline:
         point = ", ".join(f"{axis_label(axis)} {value}" for axis, value in baseline.items())
         note += f" Difference: from {point}, seed by seed, with its interval."
-    yield Text(note)
+    yield page.text(note)
 
 
 def _summary_as_text(summary: pd.DataFrame, metric: str) -> pd.DataFrame:
@@ -155,11 +150,13 @@ def _lost_members(results: pd.DataFrame, axes: Sequence[str]) -> Iterator[Block]
     rows = unfinished(results)
     if rows.empty:
         return
-    yield Section("Members that did not finish")
+    yield page.section("Members that did not finish")
     columns = ["seed", "outcome", "end_step", "reason"]
     shown = rows[[*((AXIS, axis) for axis in axes), *((RUN, column) for column in columns)]]
     shown = shown.astype({(RUN, "end_step"): "Int64"}).astype(str)
-    yield Table(shown.set_axis([*distinct_axis_labels(axes, columns), *columns], axis=1), True)
+    yield page.table(
+        shown.set_axis([*distinct_axis_labels(axes, columns), *columns], axis=1), is_text=True
+    )
 
 
 def _cost(study: optuna.Study, results: pd.DataFrame) -> pd.DataFrame:
@@ -173,7 +170,7 @@ def _cost(study: optuna.Study, results: pd.DataFrame) -> pd.DataFrame:
     median = np.median(seconds) if seconds else np.nan
     cells = {
         "members run": len(costs),
-        "seconds a member (median, since its last start)": f"{median:.1f}",
+        "seconds a member (median, over all its attempts)": f"{median:.1f}",
         "seconds in all of these": f"{sum(seconds):.0f}",
         "images/s a member (median)": f"{measured(results, 'images_per_second').median():,.0f}",
         "compilations of the step": sum(cost["step_compilations"] for cost in costs),
@@ -188,9 +185,9 @@ def _how_to_repeat(study: optuna.Study) -> list[Block]:
     versions = ", ".join(f"{name} {version}" for name, version in sweep["versions"].items())
     config = json.dumps(study.user_attrs[store.CONFIG], indent=1)
     return [
-        Section("How to repeat it"),
-        Command(sweep["command"]),
-        Text(f"{versions}; on {sweep['device']}."),
-        Details("Axes", json.dumps(sweep["axes"], indent=1)),
-        Details("The config that all members share", config),
+        page.section("How to repeat it"),
+        page.command(sweep["command"]),
+        page.text(f"{versions}; on {sweep['device']}."),
+        page.details("Axes", json.dumps(sweep["axes"], indent=1)),
+        page.details("The config that all members share", config),
     ]

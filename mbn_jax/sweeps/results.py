@@ -42,7 +42,7 @@ def read_results(study: optuna.Study) -> pd.DataFrame:
       has none. Its columns are pairs: 'axis' and the name of each axis; 'field' and each swept
       field, where no axis has the same values under that name; 'run' and 'seed', 'outcome'
       ('finished', 'diverged', 'failed', 'running', 'waiting'), 'reason' and 'end_step' of what did
-      not finish, 'seconds' that the run took, 'last' (whether the row is the member's last) and
+      not finish, 'seconds' of all attempts at it, 'last' (whether the row is the member's last) and
       'step'; 'value' and the name of each recorded value.
     """
     rows = []

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 import time
+import traceback
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -33,6 +34,7 @@ from mbn_jax.training.program import Programs
 from mbn_jax.training.reporting import read_metrics
 
 MEMBERS = "members"
+TRACEBACK = "traceback.txt"
 POLL_SECONDS = 1.0
 
 GIVES_BACK = (
@@ -209,6 +211,9 @@ class Runner:
                 raise
             except Exception as error:  # Whatever it is, the other members go on.
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                if not isinstance(error, UserError):
+                    (folder / TRACEBACK).write_text(traceback.format_exc())
+                    reason += f"; see {TRACEBACK} in its folder"
                 _record_end(trial, folder, store.FAILED, reason=reason)
                 raise
             _record_end(trial, folder, store.FINISHED)
@@ -222,25 +227,32 @@ class Runner:
         config = with_fields(self._config, trial.user_attrs[store.FIELDS], str(folder))
         _show_on_dashboard(trial, config)
 
+        member = trial.user_attrs[store.MEMBER]
+        earlier = store.seconds_before(self._study, trial.number, member)
+        begin, compiled = time.monotonic(), programs.step_compilations
+
+        def note_cost() -> None:
+            cost = {
+                "seconds": earlier + time.monotonic() - begin,
+                "step_compilations": programs.step_compilations - compiled,
+                "peak_bytes": _peak_bytes(device),
+            }
+            trial.set_user_attr(store.COST, cost)
+
         def on_record(step: int, values: dict[str, float]) -> None:
             if "test_error" in values:
                 trial.report(values["test_error"], step)
+                note_cost()  # This process may be killed.
 
         def stop_asked(first_step: int, last_step: int) -> bool:
             return self._stop.is_set()
 
-        begin, compiled = time.monotonic(), programs.step_compilations
         try:
             return train(
                 config, folder, programs=programs, on_record=on_record, stop_asked=stop_asked
             )
         finally:
-            cost = {
-                "seconds": time.monotonic() - begin,
-                "step_compilations": programs.step_compilations - compiled,
-                "peak_bytes": _peak_bytes(device),
-            }
-            trial.set_user_attr(store.COST, cost)
+            note_cost()
 
 
 def with_room(members: Sequence[Member], config: ConfigDict) -> list[Member]:

@@ -36,7 +36,7 @@ OUTCOME = "outcome"
 REASON = "reason"
 STEP = "step"
 RECORDS = "records"
-COST = "cost"
+COST = "cost"  # Its seconds are those of all attempts so far.
 RUNNER = "runner"
 # and of the study.
 CONFIG = "config"
@@ -241,6 +241,13 @@ def is_duplicate(study: optuna.Study, number: int, member: str) -> bool:
     return any(
         t.number < number and t.user_attrs[MEMBER] == member for t in _trials_that_count(study)
     )
+
+
+def seconds_before(study: optuna.Study, number: int, member: str) -> float:
+    """Returns the seconds that earlier attempts at a member took, as far as they are known."""
+    attempts = [t for t in study.get_trials(deepcopy=False) if t.number < number]
+    attempts = [t for t in attempts if t.user_attrs.get(MEMBER) == member and COST in t.user_attrs]
+    return max((t.user_attrs[COST]["seconds"] for t in attempts), default=0.0)
 
 
 def trials_by_member(study: optuna.Study) -> dict[str, FrozenTrial]:

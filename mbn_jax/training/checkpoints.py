@@ -6,7 +6,7 @@ A checkpoint that is unfinished or does not match its seal is named aloud and sk
 import functools
 import pathlib
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -18,8 +18,7 @@ from mbn_jax.errors import UserError
 from mbn_jax.parallel.devices import Devices, agree, first_device, first_host_first, replicate
 from mbn_jax.step.state import TrainState
 from mbn_jax.training import saved_statistics
-from mbn_jax.training.orbax_errors import raised_once
-from mbn_jax.training.retention import surplus
+from mbn_jax.training.orbax_errors import disk_errors
 from mbn_jax.training.seal import damage, seal
 
 PyTree = Any
@@ -41,7 +40,6 @@ class Checkpoints:
         folder: pathlib.Path,
         *,
         keep: int | None = None,
-        every: int = 1,
         keep_best: bool = False,
     ):
         """Opens `folder`, which is made where it is missing.
@@ -49,12 +47,10 @@ class Checkpoints:
         Args:
           folder: folder of the checkpoints.
           keep: how many of the newest to keep; None: all.
-          every: steps between two checkpoints; others are temporary.
           keep_best: whether to keep the one of the lowest `notes['test_error']` beside them.
         """
         self._folder = folder.absolute()
         self._keep = keep
-        self._every = every
         self._keep_best = keep_best
         options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
@@ -83,6 +79,7 @@ class Checkpoints:
         layout: dict[str, Any] = {
             "key_impl": str(jax.random.key_impl(host.key)),
             "notes": dict(notes or {}),
+            "temporary": temporary,
             "layers_recorded": True,
         }
         host = jax.device_get(_with_key_data(host))
@@ -93,7 +90,7 @@ class Checkpoints:
             tree=ocp.args.StandardSave(tree), layout=ocp.args.JsonSave(layout)
         )
         step = int(host.step)
-        with raised_once():
+        with disk_errors():
             saved = self._manager.save(step, args=args)
         if not saved:
             raise RuntimeError(f"Orbax declined to save step {step} in {self._folder}.")
@@ -102,16 +99,17 @@ class Checkpoints:
             if jax.process_index() == 0:
                 seal(self._folder / str(step))
         if self._keep and not temporary:
-            self._delete_surplus(step, self._keep)
+            self._delete_old(self._keep)
 
-    def _delete_surplus(self, newest: int, keep: int) -> None:
+    def _delete_old(self, keep: int) -> None:
         # Not by Orbax, which would delete the oldest before the newest is sealed.
-        steps = self._manager.all_steps()
-        best = self._best(steps) if self._keep_best else None
-        for step in surplus(steps, newest=newest, every=self._every, keep=keep, best=best):
+        steps = set(self._manager.all_steps())
+        regular = sorted(step for step in steps if not self._layout(step).get("temporary"))
+        best = {self._best(steps)} if self._keep_best else set()
+        for step in sorted(steps - set(regular[-keep:]) - best):
             self._manager.delete(step)
 
-    def _best(self, steps) -> int | None:
+    def _best(self, steps: Iterable[int]) -> int | None:
         """Returns the newest step of the lowest test error, of those that note one."""
         errors = {step: self._layout(step)["notes"].get("test_error") for step in steps}
         known = [(error, -step) for step, error in errors.items() if error is not None]
@@ -193,7 +191,7 @@ class Checkpoints:
         state = state.replace(key=jax.random.key(0, impl=key_impl))
         target = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), _with_key_data(state))
         stats = jax.tree.map(lambda x: np.stack([np.asarray(x)] * groups), state.batch_stats)
-        saved = stats if "layers_recorded" in layout else saved_statistics.before_records(stats)
+        saved = stats if "layers_recorded" in layout else saved_statistics.without_rule(stats)
         tree = {"state": target.replace(batch_stats={}), "batch_stats": saved}
         args = ocp.args.Composite(tree=ocp.args.StandardRestore(tree))
         try:
@@ -205,7 +203,7 @@ class Checkpoints:
                 f"config ({str(error).splitlines()[0]}); use the config it was made with."
             ) from error
         key = jax.random.wrap_key_data(tree["state"].key, impl=key_impl)
-        return tree["state"].replace(key=key), saved_statistics.merged(stats, tree["batch_stats"])
+        return tree["state"].replace(key=key), saved_statistics.overlay(stats, tree["batch_stats"])
 
     def close(self) -> None:
         """Releases Orbax's threads."""

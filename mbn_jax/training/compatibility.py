@@ -15,8 +15,6 @@ MAY_CHANGE = (
     "keep_best",
     "recalibrate_batches",
     "shift.every_steps",
-    "shift.examples",
-    "shift.layers",
     # Where data is and how it is read.
     "dataset.data_dir",
     "dataset.max_bytes_in_memory",
@@ -24,7 +22,6 @@ MAY_CHANGE = (
     # How the same computation runs.
     "runtime",
     "steps_per_dispatch",
-    "eval_batch_size",
 )
 """Fields that a run may change when it resumes. All others bind: they change what is trained or
 what a recorded number means."""

@@ -8,6 +8,7 @@ import pathlib
 import re
 import runpy
 import sys
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -100,7 +101,24 @@ def call_in_file(path: str, function: str) -> Any:
         raise
     except Exception as error:  # The file is the user's code: it may fail in any way.
         reason = " ".join(str(error).split())
-        raise UserError(f"{file}: {function}() failed: {type(error).__name__}: {reason}") from error
+        line = _line_of(error, file.absolute().parent)
+        raise UserError(
+            f"{file}: {function}() failed: {type(error).__name__}: {reason}{line}"
+        ) from error
+
+
+def _line_of(error: Exception, folder: pathlib.Path) -> str:
+    """Returns the last line in a folder that an error came through, ' (FILE, line 3)', or ''."""
+    if isinstance(error, SyntaxError):
+        return ""  # Its text ends with file and line.
+    frames = traceback.extract_tb(error.__traceback__)
+    paths = [pathlib.Path(frame.filename).absolute() for frame in frames]
+    there = [
+        f" ({path.name}, line {frame.lineno})"
+        for path, frame in zip(paths, frames, strict=True)
+        if path.parent == folder
+    ]
+    return there[-1] if there else ""
 
 
 def _check_argument(called, argument: str | None, name: str, file: str) -> None:

@@ -1,13 +1,16 @@
 """The weights that a new run starts from: those of another run."""
 
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from mbn_jax.command_line import expand_home
+from mbn_jax.core.batch_stats import layers_with_statistics, map_layers
 from mbn_jax.errors import UserError
+from mbn_jax.statistics.batch_norm import from_batch_norm
 from mbn_jax.step.state import TrainState
 from mbn_jax.training import saved_statistics
 from mbn_jax.training.checkpoints import Checkpoints
@@ -15,11 +18,16 @@ from mbn_jax.training.workdir import CHECKPOINTS
 
 PyTree = Any
 
+BATCH_NORM = {"mean", "var", "groups"}
+COUNTERS = ("steps", "rule", "groups")
+
 
 def with_weights_of(run: str, fresh: TrainState) -> TrainState:
     """Returns the state before the first step, with parameters and statistics of another run.
 
-    Its newest sound checkpoint is read. Step, optimizer and random key are those of the new run.
+    Its newest valid checkpoint is read. Step, optimizer and random key are those of the new run,
+    and so are the counters and rules of its layers: their schedules start anew. Statistics of
+    BatchNorm become the first batch of any other norm.
 
     Args:
       run: workdir of the other run.
@@ -37,22 +45,45 @@ def with_weights_of(run: str, fresh: TrainState) -> TrainState:
         finally:
             checkpoints.close()
     if weights is None:
-        raise UserError(f"init_from={run} has no sound checkpoint; give the workdir of a run.")
-    params, stats = weights
-    if _shapes(fresh.batch_stats).keys() != _shapes(stats).keys():
+        raise UserError(f"init_from={run} has no valid checkpoint; give the workdir of a run.")
+    params, stats = weights[0], saved_statistics.pooled(weights[1])
+    ours, theirs = layers_with_statistics(fresh.batch_stats), layers_with_statistics(stats)
+    if _are_batch_norms(theirs) and not _are_batch_norms(ours):
+        try:
+            variables = from_batch_norm(
+                {"params": params, "batch_stats": stats},
+                {"params": fresh.params, "batch_stats": fresh.batch_stats},
+            )
+        except ValueError as error:
+            raise UserError(f"init_from={run} cannot start this run: {error}") from error
+        return fresh.replace(**variables)
+    kept, found = _shapes(_moments(fresh.batch_stats)), _shapes(_moments(stats))
+    if kept.keys() != found.keys():
         raise UserError(
             f"init_from={run} has statistics of other normalization layers; use a run of the same "
-            "model and norm.name."
+            "model and norm.name, or one of norm.name='batch'."
         )
-    stats = saved_statistics.pooled(stats)
-    found = {**_shapes(params), **_shapes(stats)}
-    for name, shape in {**_shapes(fresh.params), **_shapes(fresh.batch_stats)}.items():
+    found |= _shapes(params)
+    for name, shape in {**_shapes(fresh.params), **kept}.items():
         if found.get(name) != shape:
             raise UserError(
                 f"init_from={run} is a run of another model: {name} has shape {found.get(name)} "
                 f"there, expected {shape}; use the same model and norm."
             )
+    stats = saved_statistics.overlay(fresh.batch_stats, _moments(stats))
     return fresh.replace(params=params, batch_stats=stats)
+
+
+def _are_batch_norms(layers: Mapping[str, PyTree]) -> bool:
+    """Returns whether there are layers, and all keep what `flax.linen.BatchNorm` does."""
+    return bool(layers) and all(layer.keys() <= BATCH_NORM for layer in layers.values())
+
+
+def _moments(stats: PyTree) -> PyTree:
+    """Returns statistics without the counters and rules of the layers."""
+    return map_layers(
+        lambda _, layer: {name: x for name, x in layer.items() if name not in COUNTERS}, stats
+    )
 
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,7 @@ class Intervals:
       checkpoint: steps between two checkpoints.
       shift: steps between two measurements of the shift; 0: none.
       log: steps between two records; evaluations, checkpoints and measurements write one too.
+      keep_best: whether checkpoints are evaluated, to keep the best.
     """
 
     total: int
@@ -24,6 +25,7 @@ class Intervals:
     checkpoint: int
     shift: int
     log: int
+    keep_best: bool
 
     @classmethod
     def of(cls, task: Task, config: ConfigDict) -> "Intervals":
@@ -36,11 +38,13 @@ class Intervals:
             checkpoint=config.checkpoint_every_steps or epoch,
             shift=config.shift.every_steps,
             log=config.log_every_steps,
+            keep_best=config.keep_best,
         )
 
     def evaluates_after(self, step: int) -> bool:
         """Returns whether an evaluation is due."""
-        return step == self.total or step % self.evaluation == 0
+        due = step == self.total or step % self.evaluation == 0
+        return due or (self.keep_best and self.saves_after(step))
 
     def saves_after(self, step: int) -> bool:
         """Returns whether a checkpoint is due."""

@@ -66,6 +66,7 @@ def train(
     workdir = pathlib.Path(workdir)
     program = _open(config, workdir, programs or Programs())
     start = find_start(program, config, workdir)
+    _save_config(config, workdir)
     with first_host_first():  # If the first host cannot write, all of them end.
         reporter = Reporter(
             workdir,
@@ -84,8 +85,7 @@ def train(
         ):
             _train_from(start, run, checkpoints, stop_asked)
     except DivergenceError as error:
-        last_saved = find_start(program, config, workdir).state
-        layer = find_layer(program, config, last_saved, error)
+        layer = _find_layer(run, error)
         message = f"{error}; {layer}; training stopped. {REMEDY}"
         raise DivergenceError(message, error.step, error.after_update) from error
     with first_host_first(), writing(workdir):
@@ -99,16 +99,21 @@ def _open(config: ConfigDict, workdir: pathlib.Path, programs: Programs) -> Prog
     with first_host_first():  # One host prepares folder and data for all.
         open_workdir(config, workdir)
         program = programs.get(config)
-        if jax.process_index() == 0:  # Again on resuming: some fields may change.
+    task = program.task
+    check_alike(training_examples=len(task.train), test_examples=len(task.test))
+    return program
+
+
+def _save_config(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Writes config.json, on resuming too, where some fields may change; raises UserError."""
+    with first_host_first():
+        if jax.process_index() == 0:
             save_config(config, workdir)
         if not (workdir / CONFIG).exists():
             raise UserError(
                 f"Host {jax.process_index()} does not find what the first host wrote to "
                 f"--workdir={workdir}; give a folder that all hosts share."
             )
-    task = program.task
-    check_alike(training_examples=len(task.train), test_examples=len(task.test))
-    return program
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +140,6 @@ def _open_checkpoints(run: Run) -> Checkpoints:
         return Checkpoints(
             run.workdir / CHECKPOINTS,
             keep=run.config.keep_checkpoints,
-            every=run.intervals.checkpoint,
             keep_best=run.config.keep_best,
         )
 
@@ -181,6 +185,16 @@ def _train_from(
         if stops:
             raise StoppedError(f"stopped after step {step}, which is saved")
         clock, clock_step = time.monotonic(), step
+
+
+def _find_layer(run: Run, error: DivergenceError) -> str:
+    """Returns a clause on the layer where a run diverged, whatever stands in the way of it."""
+    try:
+        last_saved = find_start(run.program, run.config, run.workdir).state
+        return find_layer(run.program, run.config, last_saved, error)
+    except Exception as failed:  # The divergence is what must be told.
+        reason = " ".join(str(failed).split()) or type(failed).__name__
+        return f"its layer could not be found ({reason})"
 
 
 def _to_host(pending: list[Any]) -> dict[str, np.ndarray]:

@@ -70,6 +70,7 @@ def train_pass(
       last_step: step to stop after.
     """
     step, total_steps = int(first_device(state.step)), program.task.total_steps
+    stride = config.steps_per_dispatch
     if step == last_step:
         return
     stacks = batch_stacks(program, config, step)
@@ -77,7 +78,9 @@ def train_pass(
     hparams = program.hparams(config)
     data = program.data(program.task.train)
     while step < last_step:
-        num_steps = min(config.steps_per_dispatch, last_step - step)
+        # Up to the next multiple of the stride, where records and checkpoints may be due: a run
+        # that was lengthened, or had another stride, resumes between two of them.
+        num_steps = min(stride - step % stride, last_step - step)
         train_steps = program.train_steps(num_steps)
         # No hidden copies to the devices in this loop. (Over several hosts, pmap copies the random
         # keys itself.)
@@ -92,10 +95,11 @@ def train_pass(
 def batch_stacks(
     program: Program, config: ConfigDict, first_step: int
 ) -> Iterator[tuple[BatchStack, int]]:
-    """Yields the training batches from a step on, and the step after each stack."""
+    """Yields the training batches from a step's dispatch on, and the step after each stack."""
     task, stride = program.task, config.steps_per_dispatch
     in_memory = task.train.in_memory is not None
     steps_per_stack = max(1, STEPS_PER_STACK // stride) * stride if in_memory else stride
+    first_step -= first_step % stride  # So that no dispatch needs two stacks.
     host = HostBatches(
         task.train, task.order(config.seed), jax.process_index(), jax.process_count()
     )

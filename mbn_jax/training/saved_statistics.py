@@ -36,22 +36,22 @@ def num_groups(stats: PyTree) -> int:
     return max((len(x) for x in jax.tree.leaves(stats)), default=1)
 
 
-def before_records(stats: PyTree) -> PyTree:
+def without_rule(stats: PyTree) -> PyTree:
     """Returns statistics without what layers record of themselves: older checkpoints lack it."""
     return map_layers(
         lambda _, layer: {k: v for k, v in layer.items() if k not in ("rule", "groups")}, stats
     )
 
 
-def merged(stats: PyTree, saved: PyTree) -> PyTree:
+def overlay(stats: PyTree, saved: PyTree) -> PyTree:
     """Returns `stats` with all that was saved in its place.
 
-    >>> merged({"norm": {"mean": 0, "rule": 1}}, {"norm": {"mean": 2}})
+    >>> overlay({"norm": {"mean": 0, "rule": 1}}, {"norm": {"mean": 2}})
     {'norm': {'mean': 2, 'rule': 1}}
     """
     if not isinstance(stats, dict):
         return saved
-    return {k: merged(v, saved[k]) if k in saved else v for k, v in stats.items()}
+    return {k: overlay(v, saved[k]) if k in saved else v for k, v in stats.items()}
 
 
 def on_devices(stats: PyTree, like: PyTree, *, local_statistics: bool, devices: Devices) -> PyTree:

@@ -25,7 +25,10 @@ def damage(folder: pathlib.Path) -> str | None:
         return "it was not finished"
     except ValueError:
         return f"{SEAL} is damaged"
-    found = _checksums(folder)
+    try:
+        found = _checksums(folder)
+    except FileNotFoundError:  # By the run that it belongs to, which is going on.
+        return "it was deleted meanwhile"
     for name in sorted(set(expected) | set(found)):
         if name not in found:
             return f"{name} is missing"

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 
 from mbn_jax.command_line import add_config_fields, command_parser, folder, parse_with_fields
 from mbn_jax.errors import ExitStatus, UserError
-from mbn_jax.training.config_files import parse_config
 
 CONFIG = "configs/digits.py"
 EXAMPLE = f"mbn-train --config={CONFIG} --workdir=runs/digits"
@@ -36,6 +35,9 @@ def train_command(argv: Sequence[str]) -> int:
             f"--workdir is missing, the folder for what the run writes; for example: {EXAMPLE}"
         )
     workdir = folder(args.workdir)
+
+    from mbn_jax.training.config_files import parse_config
+
     config = parse_config(args.config, overrides)
 
     import jax

@@ -2,6 +2,7 @@
 
 import io
 import itertools
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -70,6 +71,21 @@ def test_slices_of_splits(data_dir, train):
     part = load_split("digits", "train[10%:20%]", data_dir=data_dir)
     assert len(part) == 143
     assert (part.in_memory.image == train.in_memory.image[144:287]).all()
+
+
+def test_an_order_draws_each_epoch_once_and_is_forgotten_with_its_run(train, monkeypatch):
+    orders = [BatchOrder(train, seed=seed, batch_size=len(train) // 2) for seed in range(3)]
+    drawn = []
+    draw = BatchOrder._draw
+    monkeypatch.setattr(BatchOrder, "_draw", lambda *args: drawn.append(args) or draw(*args))
+    for step in range(4):  # Two epochs each, by turns.
+        for order in orders:
+            order.steps(step, step + 1)
+    assert len(drawn) == len({(order.seed, epoch) for order, epoch in drawn}) == 6
+    drawn.clear()
+    forgotten = weakref.ref(orders.pop(0))
+    del order
+    assert forgotten() is None
 
 
 def test_every_epoch_sees_every_example_once_in_an_order_of_its_own(train):

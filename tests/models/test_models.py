@@ -90,6 +90,17 @@ def test_every_network_takes_every_norm(name, norm):
     assert count == len(jax.tree.leaves(variables["params"]))
 
 
+@pytest.mark.parametrize("name", ["convnet", "cifar_resnet8", "vgg16"])
+def test_a_network_that_keeps_less_tells_its_costs(name):
+    """Flax asks for the names of the functions to count operations in."""
+    config = default_config()
+    config.model.name, config.model.remat = name, True
+    model = build_model(config, num_classes=3, norm=nn.BatchNorm)
+    images = jnp.ones((1, 32, 32, 3))
+    shown = model.tabulate(jax.random.key(0), images, train=False, compute_flops=True)
+    assert "flops" in shown
+
+
 @pytest.mark.parametrize("name", ["cifar_resnet8", "resnet18", "resnet50"])
 def test_with_the_last_scale_at_zero_a_block_starts_as_its_shortcut(name):
     config = default_config()

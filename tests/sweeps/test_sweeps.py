@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 
 import jax
 import numpy as np
@@ -18,6 +19,7 @@ from small_sweeps import experiment, programs_on_device
 
 from mbn_jax.errors import UserError
 from mbn_jax.main import report_command, sweep_command
+from mbn_jax.parallel.preemption import StoppedError
 from mbn_jax.sweeps import Figure, Sweep
 from mbn_jax.sweeps import runner as runner_module
 from mbn_jax.sweeps import storage as store
@@ -164,7 +166,10 @@ def test_what_diverges_or_fails_is_recorded_and_the_rest_goes_on(
     assert results.loc["broken", "outcome"].tolist() == ["failed"] * 2
     assert results.loc["bad", "reason"].str.contains("at learning rate").all()
     assert (results.loc["bad", "end_step"] > 1).all()
-    assert set(results.loc["broken", "reason"]) == {"MemoryError: no room left"}
+    told = "MemoryError: no room left; see traceback.txt in its folder"
+    assert set(results.loc["broken", "reason"]) == {told}
+    traceback = (workdir / "members" / "norm=broken,seed=0" / "traceback.txt").read_text()
+    assert "in fail_sometimes" in traceback
     table = summarize(
         read_results(store.open_study(workdir)), {"norm": list(axes["norm"])}, "test_error", {}
     )
@@ -311,6 +316,32 @@ def test_a_runner_whose_member_was_taken_over_goes_on(write_sweep, tmp_path, mon
     assert runner.run(study) == {"finished": 2}
     states = [store.outcome(trial) for trial in study.get_trials()]
     assert states == ["fail", "finished", "finished"]
+
+
+def test_the_seconds_of_a_member_are_those_of_all_attempts(write_sweep, tmp_path, monkeypatch):
+    path = write_sweep({"norm.memory_size": (1,)})
+    runner, study = open_sweep(path, [], None, tmp_path / "sweep", devices=jax.devices()[:1])
+    seconds = iter([0.0, 100.0, 300.0, 1000.0, 1020.0])
+    clock = types.SimpleNamespace(monotonic=seconds.__next__, sleep=time.sleep)
+    monkeypatch.setattr(runner_module, "time", clock)
+    monkeypatch.setattr(runner, "_show_until_done", lambda threads: [t.join() for t in threads])
+
+    def costs():
+        return [t.user_attrs.get(store.COST, {}).get("seconds") for t in study.get_trials()]
+
+    def stop_after_one_record(config, folder, *, on_record, **_):
+        on_record(5, {"test_error": 0.5})
+        assert costs() == [100.0]
+        runner._stop.set()
+        raise StoppedError
+
+    monkeypatch.setattr(runner_module, "train", stop_after_one_record)
+    runner.run(study)
+    runner._stop.clear()
+    monkeypatch.setattr(runner_module, "train", lambda *_, **__: {"test_error": 0.25})
+    assert runner.run(study) == {"finished": 1}
+    assert costs() == [300.0, 320.0]
+    assert set(tidy(read_results(study))["seconds"]) == {320.0}
 
 
 def test_a_folder_has_one_writer(tmp_path):

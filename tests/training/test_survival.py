@@ -26,7 +26,7 @@ from mbn_jax.step.state import TrainState
 from mbn_jax.sweeps import storage as store
 from mbn_jax.sweeps.declaration import Member
 from mbn_jax.sweeps.results import read_results, write_results
-from mbn_jax.training import divergence, steps
+from mbn_jax.training import divergence, loop, steps
 from mbn_jax.training.checkpoints import Checkpoints
 from mbn_jax.training.config import default_config, program_key
 from mbn_jax.training.config_files import with_fields
@@ -239,6 +239,7 @@ def test_another_config_is_refused_where_config_json_is_gone(finished_run, tmp_p
     workdir = damaged(run, tmp_path / "run", "config.json", pathlib.Path.unlink)
     with pytest.raises(UserError, match=r"norm\.decay was 0\.97 and is 0\.5"):
         train(with_fields(config, {"norm.decay": 0.5}, "the test"), workdir)
+    assert not (workdir / "config.json").exists()  # Refused, it left no trace.
 
 
 def test_lost_records_are_told_and_a_damaged_checkpoint_is_not_evaluated(
@@ -264,6 +265,25 @@ def test_a_kill_while_a_checkpoint_is_written_leaves_nothing_behind(three_checkp
     checkpoints.discard_damaged()
     checkpoints.close()
     assert not unfinished.exists()
+
+
+def test_a_checkpoint_that_its_run_deletes_while_it_is_checked_is_skipped(
+    three_checkpoints, tmp_path, monkeypatch, caplog
+):
+    shutil.copytree(three_checkpoints, tmp_path / "going_on")
+    read = pathlib.Path.read_bytes
+
+    def deleted_meanwhile(path):
+        if "2" in path.parts[-4:]:
+            shutil.rmtree(tmp_path / "going_on" / "2", ignore_errors=True)
+        return read(path)
+
+    monkeypatch.setattr(pathlib.Path, "read_bytes", deleted_meanwhile)
+    checkpoints = Checkpoints(tmp_path / "going_on")
+    restored = checkpoints.restore(small_state(), local_statistics=False, best=True)
+    checkpoints.close()
+    assert int(restored.step[0]) == 3
+    assert "Skipped the checkpoint of step 2: it was deleted meanwhile" in caplog.text
 
 
 LIMIT_FILES = """
@@ -403,6 +423,22 @@ def test_the_layer_that_is_named_is_the_one_that_was_bad(config, tmp_path, monke
     monkeypatch.setattr(divergence, "MAX_REPLAYED_STEPS", 1)
     with pytest.raises(DivergenceError, match="its layer was not looked for"):
         train(config, tmp_path, programs=programs)
+
+
+@pytest.mark.parametrize(
+    "error", [UserError("Cannot write to --workdir:\nfull"), OSError(28, "No space left")]
+)
+def test_divergence_is_told_where_its_layer_cannot_be_found(config, tmp_path, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(loop, "find_layer", fail)
+    config = with_fields(config, DIVERGING, "the test")
+    reason = re.escape(" ".join(str(error).split()))
+    with pytest.raises(
+        DivergenceError, match=rf"The loss .* its layer could not be found \({reason}\); training"
+    ):
+        train(config, tmp_path)
 
 
 def test_fields_of_the_host_need_no_other_program(config):

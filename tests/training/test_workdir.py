@@ -20,18 +20,21 @@ import pytest
 import runs
 from runs import assert_same_bits, write_config
 
+from mbn_jax.core.batch_stats import inference_statistics, layers_with_statistics
 from mbn_jax.errors import ExitStatus, UserError
 from mbn_jax.main import train_command
 from mbn_jax.parallel.devices import first_device, replicate
+from mbn_jax.parallel.preemption import StoppedError
 from mbn_jax.step.state import TrainState
 from mbn_jax.training.checkpoints import Checkpoints
 from mbn_jax.training.compatibility import MAY_CHANGE, REMOVED
 from mbn_jax.training.config import default_config, fields
 from mbn_jax.training.config_files import with_fields
 from mbn_jax.training.evaluation import evaluate_run
+from mbn_jax.training.initialization import with_weights_of
 from mbn_jax.training.lock import only_one, only_writer
 from mbn_jax.training.loop import train
-from mbn_jax.training.orbax_errors import raised_once
+from mbn_jax.training.orbax_errors import disk_errors
 from mbn_jax.training.program import Programs
 from mbn_jax.training.reporting import METRICS, Reporter, check_records, read_metrics
 from mbn_jax.training.workdir import CHECKPOINTS, CONFIG, load_config
@@ -161,7 +164,6 @@ def test_a_run_resumes_with_another_record_but_not_with_another_training(run, co
         checkpoint_every_steps=5,
         keep_checkpoints=7,
         shift__every_steps=4,
-        eval_batch_size=64,
         dataset__data_dir=str(moved),
         recalibrate_batches=1,
     )
@@ -174,8 +176,15 @@ def test_a_run_resumes_with_another_record_but_not_with_another_training(run, co
     last = read_metrics(run)[-1]
     for name in ("test_error", "test_loss"):  # The same network.
         assert last[name] == pytest.approx(before[-1][name], rel=1e-6)
-    for field, value in (("batch_size", 8), ("norm.decay", 0.5), ("seed", 1)):
-        with pytest.raises(UserError, match=rf"another config \({field} was .* and is {value}\)"):
+    for field, value in (
+        ("batch_size", 8),
+        ("norm.decay", 0.5),
+        ("seed", 1),
+        ("shift.examples", 16),  # Of these three, what a recorded number means.
+        ("shift.layers", "_0"),
+        ("eval_batch_size", 64),
+    ):
+        with pytest.raises(UserError, match=rf"another config \({field} was .* and is {value!r}\)"):
             train(with_fields(other, {field: value}, "the test"), run, programs=ONE_DEVICE)
 
 
@@ -220,23 +229,66 @@ def test_a_run_starts_with_the_weights_of_another(finished, config, tmp_path):
     assert_same_bits(found.params, source.params)
     assert jax.random.key_data(found.key).tolist() != jax.random.key_data(source.key).tolist()
     layer = "MemorizedBatchNorm_0"
-    filled = [np.count_nonzero(s.batch_stats[layer]["count"][:, 0]) for s in (source, found)]
+    filled = [np.count_nonzero(s.batch_stats[layer]["count"][0, :, 0]) for s in (source, found)]
     assert filled == [8, 9]
     shutil.rmtree(tmp_path / "run" / CHECKPOINTS)  # Once it has begun, it needs the other no more.
     for values, told in (
         ({"model__features": (5,)}, r"has shape \(.*4\) there, expected \(.*5\)"),
         ({"norm__memory_size": 8}, r"has shape \(64, 4\) there, expected \(8, 4\)"),
         ({"norm__name": "batch"}, "other normalization layers"),
-        ({"init_from": str(tmp_path / "none")}, "none has no sound checkpoint"),
+        ({"init_from": str(tmp_path / "none")}, "none has no valid checkpoint"),
     ):
         with pytest.raises(UserError, match=f"init_from=.*{told}"):
             train(changed(other, **values), tmp_path / "other", programs=ONE_DEVICE)
         shutil.rmtree(tmp_path / "other")
 
 
+GROWING = {"norm.memory_schedule.start_size": 2, "norm.memory_schedule.end": 0.5}
+
+
+@pytest.mark.parametrize(
+    ("values", "changes"),
+    [
+        (GROWING, {}),
+        ({}, GROWING),
+        (GROWING, {"norm.memory_schedule.start_size": 0, "norm.decay": 0.5}),
+        ({"norm.name": "batch_renorm"}, {}),
+        ({"norm.name": "batch"}, {"norm.name": "memorized"}),
+        ({"norm.name": "batch"}, {"norm.name": "memorized", "norm.memory_size": 0}),
+        ({"norm.name": "batch"}, {"norm.name": "batch_renorm"}),
+    ],
+)
+def test_a_run_that_starts_from_another_begins_its_schedules_anew(
+    config, tmp_path, values, changes
+):
+    config = with_fields(config, values, "the test")
+    train(config, tmp_path / "run", programs=ONE_DEVICE)
+    start = first_device(final_state(config, tmp_path / "run"))
+    config = with_fields(config, changes, "the test")
+    fresh = ONE_DEVICE.get(config).init_state(config)
+    state = with_weights_of(str(tmp_path / "run"), fresh)
+    assert jax.tree.structure(state) == jax.tree.structure(fresh)
+    for module in ("Conv_0", "Dense_0"):  # The norm may have another name.
+        assert_same_bits(*(jax.device_get(s.params[module]) for s in (state, start)))
+    (layer,) = jax.device_get(layers_with_statistics(state.batch_stats)).values()
+    (expected,) = layers_with_statistics(jax.device_get(fresh.batch_stats)).values()
+    for name in {"steps", "rule"} & layer.keys():
+        assert_same_bits(layer[name], expected[name])
+    (old,) = layers_with_statistics(start.batch_stats).values()
+    if values.get("norm.name") == "batch":
+        for found, moments in zip(
+            inference_statistics(layer), (old["mean"], old["var"]), strict=True
+        ):
+            np.testing.assert_allclose(found, moments, rtol=1e-6)
+    else:
+        assert_same_bits(
+            {k: layer[k] for k in ("mean", "var")}, {k: old[k] for k in ("mean", "var")}
+        )
+
+
 def test_the_best_checkpoint_is_kept_and_evaluated(config, tmp_path):
     state = replicate(small_state(), ONE_DEVICE.devices)
-    checkpoints = Checkpoints(tmp_path / "kept", keep=2, every=10, keep_best=True)
+    checkpoints = Checkpoints(tmp_path / "kept", keep=2, keep_best=True)
     errors = {10: 0.3, 20: 0.1, 25: None, 30: 0.1, 40: 0.2, 50: 0.4, 60: 0.3}
     for step, error in errors.items():
         state = state.replace(step=jnp.full_like(state.step, step))
@@ -251,14 +303,60 @@ def test_the_best_checkpoint_is_kept_and_evaluated(config, tmp_path):
     checkpoints.close()
 
     config = changed(config, keep_best=True, keep_checkpoints=1, optimizer__learning_rate=0.2)
+    # No evaluation but the last would be due where a checkpoint is.
+    config = changed(config, checkpoint_every_steps=2, eval_every_steps=3)
     train(config, tmp_path / "run", programs=ONE_DEVICE)
     errors = {
         r["step"]: r["test_error"] for r in read_metrics(tmp_path / "run") if "test_error" in r
     }
-    best = min(errors, key=lambda step: (errors[step], -step))
+    assert sorted(errors) == [2, 3, 4, 6, 8]
+    best = min(errors.keys() - {3}, key=lambda step: (errors[step], -step))
     evaluated = evaluate_run(tmp_path / "run", best=True)
     assert evaluated["step"] == best
     assert evaluated["error"] == errors[best]
+
+
+def kept(folder):
+    return sorted(int(path.name) for path in folder.iterdir())
+
+
+def test_checkpoints_of_another_interval_are_kept_like_all(tmp_path):
+    """Which one is temporary is not told by its step: the interval may change on the way."""
+    state = replicate(small_state(), ONE_DEVICE.devices)
+    for interval, steps in ((10, (10, 20, 24, 30)), (7, (35, 42))):
+        checkpoints = Checkpoints(tmp_path, keep=4)
+        for step in steps:
+            state = state.replace(step=jnp.full_like(state.step, step))
+            is_temporary = step % interval != 0
+            checkpoints.save(state, local_statistics=False, temporary=is_temporary)
+        checkpoints.close()
+    assert kept(tmp_path) == [20, 30, 35, 42]
+
+
+def test_a_run_that_resumes_between_dispatches_misses_nothing_that_is_due(config, tmp_path):
+    """Lengthened from step 5, or with another `steps_per_dispatch`."""
+    config = changed(config, steps_per_dispatch=4, log_every_steps=4, eval_every_steps=8)
+    config = changed(config, checkpoint_every_steps=4, num_epochs=1.25)
+    assert train(config, tmp_path, programs=ONE_DEVICE)["step"] == 5
+    config = changed(config, num_epochs=4.5)
+
+    def stop_asked(first, last):
+        return last == 12
+
+    with pytest.raises(StoppedError):
+        train(config, tmp_path, programs=ONE_DEVICE, stop_asked=stop_asked)
+    config = changed(config, steps_per_dispatch=3, log_every_steps=3, eval_every_steps=9)
+    config = changed(config, checkpoint_every_steps=9, shift__every_steps=9, num_epochs=5.0)
+    train(config, tmp_path, programs=ONE_DEVICE)
+    evaluated = {r["step"]: "test_error" in r for r in read_metrics(tmp_path)}
+    no, yes = False, True
+    assert evaluated == {4: no, 5: yes, 8: yes, 12: no, 15: no, 18: yes, 20: yes}
+    assert kept(tmp_path / CHECKPOINTS) == [12, 18, 20]
+    # The batches are the same: one step after the other gives the same network, but for rounding.
+    single = changed(config, steps_per_dispatch=1)
+    train(single, tmp_path / "single", programs=ONE_DEVICE)
+    found = (final_state(single, folder).params for folder in (tmp_path, tmp_path / "single"))
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-3, atol=1e-4), *found)
 
 
 def small_state(impl=None):
@@ -323,19 +421,33 @@ def test_what_asyncio_says_late_of_a_full_disk_is_silent(caplog):
         gc.collect()
 
     full = "Error writing local file [os_error_code='28']"
-    logger = logging.getLogger("asyncio")
-    before = list(logger.filters)
-    try:
-        with pytest.raises(OSError, match="Error writing") as error, raised_once():
-            raise ValueError(full)
-        assert error.value.errno == 28
-        leave_unretrieved(ValueError(full))
-        leave_unretrieved(OSError(28, "No space left on device"))
-        assert "never retrieved" not in caplog.text
-        leave_unretrieved(ValueError("something else"))
-        assert "something else" in caplog.text
-    finally:
-        logger.filters[:] = before
+    with pytest.raises(OSError, match="Error writing") as error, disk_errors():
+        raise ValueError(full)
+    assert error.value.errno == 28
+    leave_unretrieved(ValueError(full))
+    leave_unretrieved(OSError(28, "No space left on device"))
+    assert "never retrieved" not in caplog.text
+    leave_unretrieved(ValueError("something else"))
+    assert "something else" in caplog.text
+
+
+def test_a_save_that_fails_leaves_the_process_as_it_was(tmp_path, monkeypatch):
+    """Other threads of a sweep save at the same time."""
+    checkpoints = Checkpoints(tmp_path)
+
+    def fail(*_, **__):
+        assert (sys.unraisablehook, filters()) == before
+        raise ValueError("Error writing local file [os_error_code='28']")
+
+    def filters():
+        return [list(logging.getLogger(name).filters) for name in ("absl", "asyncio")]
+
+    before = sys.unraisablehook, filters()
+    monkeypatch.setattr(checkpoints._manager, "save", fail)
+    with pytest.raises(OSError, match="Error writing"):
+        checkpoints.save(replicate(small_state()), local_statistics=False)
+    checkpoints.close()
+    assert (sys.unraisablehook, filters()) == before
 
 
 def test_platforms_that_are_not_there_are_told():
