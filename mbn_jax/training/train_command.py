@@ -4,7 +4,7 @@ import argparse
 import contextlib
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from mbn_jax.command_line import add_config_fields, command_parser, folder, parse_with_fields
 from mbn_jax.errors import ExitStatus, UserError
@@ -63,21 +63,31 @@ def train_command(argv: Sequence[str]) -> int:
     except DivergenceError as error:
         print(f"mbn-train: {error}", file=sys.stderr)
         return ExitStatus.DIVERGED
-    if "test_error" not in values:
+    if "test_loss" not in values:
         raise UserError(
             f"{args.workdir} is a finished run without its metrics.jsonl; evaluate it with "
             f"mbn-eval --workdir={args.workdir}"
         )
     if jax.process_index() == 0:
-        recalibrated = ""
-        if "recalibrated_test_error" in values:
-            recalibrated = f" ({values['recalibrated_test_error']:.2%} recalibrated)"
         print(
-            f"{run_title(config)}: test error {values['test_error']:.2%}{recalibrated}, test loss "
-            f"{values['test_loss']:.4f} after {values['step']} steps; see "
+            f"{run_title(config)}: {_results(values)} after {values['step']} steps; see "
             f"{args.workdir}/curves.png"
         )
     return ExitStatus.DONE
+
+
+def _results(values: Mapping[str, float]) -> str:
+    """Returns the metrics of the test split in words, the loss last."""
+    from mbn_jax.training.reporting import of_split, shown
+
+    told = []
+    for name, value in of_split("test", values):
+        text = f"test {name} {shown(name, value)}"
+        recalibrated = values.get(f"recalibrated_test_{name}")
+        if recalibrated is not None and name != "loss":
+            text += f" ({shown(name, recalibrated)} recalibrated)"
+        told.append(text)
+    return ", ".join([*told[1:], told[0]])
 
 
 @contextlib.contextmanager
