@@ -81,7 +81,7 @@ def test_the_docs_have_commands_of_both_kinds():
 @pytest.mark.parametrize("page", PAGES, ids=IDS)
 def test_fields_that_the_docs_set_are_fields(page):
     overrides = re.findall(r"(--config\.[\w.]+=)", page.read_text())
-    known = {"FIELD"}
+    known = {"FIELD", "preset"}
     for field in {o.removeprefix("--config.").removesuffix("=") for o in overrides} - known:
         group = parse_config(str(ROOT / "configs" / "digits.py"))
         for name in field.split("."):

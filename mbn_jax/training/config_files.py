@@ -18,6 +18,7 @@ from ml_collections import ConfigDict, config_flags
 from mbn_jax.command_line import expand_home
 from mbn_jax.errors import UserError
 from mbn_jax.names import is_import_path
+from mbn_jax.training.presets import PRESETS, use_preset
 
 ROOT_FILES = ("pyproject.toml", "setup.py", "setup.cfg", ".git")
 """Of the root of a project, which is no package, even where Python files lie in it."""
@@ -76,6 +77,7 @@ def with_free_kwargs(config: ConfigDict) -> ConfigDict:
 
 def override_fields(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """Sets the fields that `overrides` name, '--config.FIELD=VALUE'; raises UserError."""
+    overrides = _apply_preset(config, overrides)
     for override in overrides:
         if override.startswith("-") and not override.startswith("--config."):
             raise UserError(f"unknown argument {override}; see --help")
@@ -92,6 +94,16 @@ def override_fields(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     if positional:
         raise UserError(f"unknown argument {positional[0]}; see --help")
     return with_free_kwargs(values.config)
+
+
+def _apply_preset(config: ConfigDict, overrides: Sequence[str]) -> list[str]:
+    """Sets the fields of `--config.preset=NAME`, before all others; returns the other overrides."""
+    presets = [word for word in overrides if word.split("=")[0] == "--config.preset"]
+    for word in presets:
+        if "=" not in word:
+            raise UserError(f"give the preset as --config.preset=NAME, of {', '.join(PRESETS)}")
+        use_preset(config, word.split("=", 1)[1])
+    return [word for word in overrides if word not in presets]
 
 
 def _set_kwargs(config: ConfigDict, overrides: Sequence[str]) -> list[str]:

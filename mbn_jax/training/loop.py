@@ -236,6 +236,11 @@ def _save(
 
 def run_title(config: ConfigDict) -> str:
     """Returns a run in a few words, for figures and summaries."""
+    return f"{config.dataset.name}, {config.model.name}, {norm_title(config)}, seed {config.seed}"
+
+
+def norm_title(config: ConfigDict) -> str:
+    """Returns how a run normalizes, in a few words."""
     norm = config.norm.name
     if norm == "memorized":
         size = "without end" if is_endless(config) else config.norm.memory_size
@@ -243,10 +248,7 @@ def run_title(config: ConfigDict) -> str:
     double_forward = config.double_forward
     if config.double_forward_fraction < 1:
         double_forward += f" of {config.double_forward_fraction:g} of the batch"
-    return (
-        f"{config.dataset.name}, {config.model.name}, norm {norm}, batch size {config.batch_size}, "
-        f"double forward {double_forward}, seed {config.seed}"
-    )
+    return f"norm {norm}, batch size {config.batch_size}, double forward {double_forward}"
 
 
 def last_values(workdir: pathlib.Path) -> dict[str, float]:
