@@ -132,7 +132,8 @@ def _parser() -> argparse.ArgumentParser:
       --config.double_forward=off
   mbn-train --config={CONFIG} --workdir=runs/k8 --config.norm.memory_size=8
 
-Every field of mbn_jax/training/config.py can be set with --config.FIELD=VALUE. In the workdir:
+Every field of mbn_jax/training/config.py can be set with --config.FIELD=VALUE, and several at once
+with --config.preset=paper or --config.preset=recommended. In the workdir:
 config.json, metrics.jsonl (one record a line), TensorBoard events, checkpoints/ and curves.png.
 Exit status:
 {statuses}""",
