@@ -22,6 +22,7 @@ Prepare the data set once: docs/training.md, "Data". The memory of the full reci
 
 from mbn_jax.datasets.standard import standard_dataset
 from mbn_jax.training.config import default_config
+from mbn_jax.training.presets import use_preset
 
 
 def get_config(argument="resnet20,cifar10"):
@@ -59,8 +60,7 @@ def full_size(dataset):
     config = default_config()
     config.dataset.update(standard_dataset(dataset))
     config.batch_size = 128
-    config.norm.memory_size = 8
-    config.norm.decay = 1.0
+    use_preset(config, "paper")
     config.recalibrate_batches = 20
     return config
 

@@ -11,6 +11,7 @@ once: docs/training.md, "Data". A smaller network: --config.model.name=resnet18.
 
 from mbn_jax.datasets.standard import standard_dataset
 from mbn_jax.training.config import default_config
+from mbn_jax.training.presets import use_preset
 
 
 def get_config():
@@ -26,8 +27,7 @@ def get_config():
     config.optimizer.weight_decay = 1e-4
     config.schedule.warmup_epochs = 5.0
     config.norm.sync = "local"
-    config.norm.memory_size = 8
-    config.norm.decay = 1.0
+    use_preset(config, "paper")
     config.recalibrate_batches = 50
     config.eval_batch_size = 1024
     return config

@@ -11,6 +11,7 @@ once: docs/training.md, "Data".
 
 from mbn_jax.datasets.standard import standard_dataset
 from mbn_jax.training.config import default_config
+from mbn_jax.training.presets import use_preset
 
 ARGUMENTS = {"fashion_mnist": "fashion_mnist", "svhn": "svhn_cropped"}
 """The data sets, with their names in TFDS."""
@@ -32,7 +33,6 @@ def get_config(argument="fashion_mnist"):
         config.schedule.step_epochs = (20.0, 30.0)
     else:
         config.schedule.warmup_epochs = 1.0
-    config.norm.memory_size = 8
-    config.norm.decay = 1.0
+    use_preset(config, "paper")
     config.recalibrate_batches = 20
     return config

@@ -37,7 +37,7 @@ def bare_step(program: Program, config: ConfigDict) -> Callable[[int], tuple[flo
     step = build_train_step(task, HParams.from_config(config).as_arrays())
     compiled = map_over_devices(step, runtime=config.runtime, donate_argnums=(0,))
     examples = task.train.read(np.arange(config.batch_size))
-    examples = examples._replace(image=np.asarray(task.standardized(examples.image)))
+    examples = jax.device_get(task.prepared(examples))
     batch = distribute(split_over_devices(examples))
     state = replicate(program.init_state(config), program.devices)
 

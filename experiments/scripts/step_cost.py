@@ -37,7 +37,7 @@ import optax
 from mbn_jax import BatchRenorm, MemorizedBatchNorm, TrainState, make_train_step
 from mbn_jax.datasets.split import Examples
 from mbn_jax.models import MODELS
-from mbn_jax.training.steps import classification_loss
+from mbn_jax.training.losses import CrossEntropy
 
 CLASSES = 10
 
@@ -77,19 +77,19 @@ def flax_example_step(apply_fn: Callable, tx: optax.GradientTransformation, _) -
         def loss_fn(params):
             logits, updates = apply_fn(
                 {"params": params, "batch_stats": state.batch_stats},
-                batch.image,
+                batch["image"],
                 train=True,
                 mutable=["batch_stats"],
             )
-            labels = jax.nn.one_hot(batch.label, CLASSES)
+            labels = jax.nn.one_hot(batch["label"], CLASSES)
             loss = optax.softmax_cross_entropy(logits, labels).mean()
             decayed = (jnp.sum(x**2) for x in jax.tree.leaves(params) if x.ndim > 1)
             return loss + 1e-4 * 0.5 * sum(decayed), (logits, updates)
 
         (_, (logits, updates)), grads = jax.value_and_grad(loss_fn, has_aux=True)(state.params)
         deltas, opt_state = tx.update(grads, state.opt_state, state.params)
-        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.label).mean()
-        accuracy = jnp.mean(logits.argmax(-1) == batch.label)
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
+        accuracy = jnp.mean(logits.argmax(-1) == batch["label"])
         state = state.replace(
             step=state.step + 1,
             params=optax.apply_updates(state.params, deltas),
@@ -155,8 +155,8 @@ class Step:
             return TrainState.create(variables, tx, jax.random.key(1))
 
         images = np.random.default_rng(0).normal(size=(batch_size, image_size, image_size, 3))
-        batch = Examples(np.float32(images), np.arange(batch_size, dtype=np.int32) % 10)
-        step = case.step(network.apply, tx, classification_loss)
+        batch = {"image": np.float32(images), "label": np.arange(batch_size, dtype=np.int32) % 10}
+        step = case.step(network.apply, tx, CrossEntropy())
         state = jax.eval_shape(initial_state)
         kept = kept_bytes(network, state, batch)
         if device is not None:
@@ -196,12 +196,12 @@ def kept_bytes(network: nn.Module, state: TrainState, batch: Examples) -> int:
         def loss(params):
             variables = {"params": params, "batch_stats": batch_stats}
             apply = functools.partial(network.apply, variables, mutable=["batch_stats"])
-            return classification_loss(apply, batch)
+            return CrossEntropy()(apply, batch)
 
         return jax.vjp(loss, params, has_aux=True)[1]
 
     kept = jax.eval_shape(backward, state.params, state.batch_stats, batch)
-    examples = len(batch.label)
+    examples = len(batch["label"])
     maps = (x for x in jax.tree.leaves(kept) if x.ndim > 2 and x.shape[0] == examples)
     return sum(x.size * x.dtype.itemsize for x in maps)
 

@@ -78,7 +78,7 @@ class Observer:
         variables = {"params": params, "batch_stats": batch_stats, **collections}
         mutable = ["batch_stats", BATCH_MOMENTS]
         model = self._task.model(values)
-        return model.apply(variables, batch.image, train=True, mutable=mutable)[1][BATCH_MOMENTS]
+        return model.apply(variables, batch["image"], train=True, mutable=mutable)[1][BATCH_MOMENTS]
 
     def _batch(self, values, state, data, block, later):
         state = state.replace(step=state.step + later)

@@ -17,11 +17,11 @@ def look_up(data: Examples | None, batch: jax.Array | Examples) -> Examples:
       data: the whole split on the device; None for a split that is decoded as it is used.
       batch: indices into `data`, or examples, which pass through.
     """
-    if isinstance(batch, Examples):
+    if isinstance(batch, dict):
         return batch
     if data is None:
         raise ValueError("A batch of indices needs the split that they are indices into.")
-    return Examples(data.image[batch], data.label[batch])
+    return {name: array[batch] for name, array in data.items()}
 
 
 def standardize(images: jax.Array, mean: np.ndarray, std: np.ndarray) -> jax.Array:

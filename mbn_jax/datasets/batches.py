@@ -54,12 +54,12 @@ class HostBatches:
         local = indices.shape[1] // self.process_count
         return indices[:, self.process_index * local :][:, :local]
 
-    def read(self, step: int) -> tuple[np.ndarray, np.ndarray]:
-        """Reads images and labels of a step; crops are functions of (seed, step, position)."""
+    def read(self, step: int) -> Examples:
+        """Reads the examples of a step; crops are functions of (seed, step, position)."""
         indices = self.indices(step, step + 1)[0]
         first = self.process_index * len(indices)
         keys = [(self.order.seed, step, first + i) for i in range(len(indices))]
-        return tuple(self.split.read(indices, keys))
+        return self.split.read(indices, keys)
 
 
 def training_batches(
@@ -100,7 +100,7 @@ def training_batches(
     with contextlib.closing(iter(batches)) as decoded:
         for step in starts:
             stack = [next(decoded) for _ in range(min(steps_per_stack, num_steps - step))]
-            yield Examples(*map(np.stack, zip(*stack, strict=True)))
+            yield {name: np.stack([batch[name] for batch in stack]) for name in stack[0]}
 
 
 def evaluation_batches(
@@ -141,12 +141,12 @@ def evaluation_batches(
 
 
 def pixel_statistics(split: Split) -> tuple[np.ndarray, np.ndarray]:
-    """Returns mean and standard deviation of each channel, float32 `[channels]`.
+    """Returns mean and standard deviation of each channel of 'image', float32 `[channels]`.
 
     Computed over up to `STATISTICS_EXAMPLES` examples, evenly spaced.
     """
     count = min(len(split), STATISTICS_EXAMPLES)
-    images = split.read_in_threads(np.linspace(0, len(split) - 1, count).astype(int)).image
+    images = split.read_in_threads(np.linspace(0, len(split) - 1, count).astype(int))["image"]
     pixels = images.reshape(-1, images.shape[-1])
     std = pixels.std(0, dtype=np.float64)
     mean = pixels.mean(0, dtype=np.float64)

@@ -2,31 +2,33 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
 from mbn_jax.datasets.crops import center_box, random_box, resize
+from mbn_jax.errors import UserError
 
 EXAMPLES_PER_THREAD = 64
 
 
-class Examples(NamedTuple):
-    """Images with their labels: a whole split, a batch, or a stack of batches.
+Examples = dict[str, Any]
+"""Arrays of examples by name: a whole split `[examples, ...]`, a batch `[batch, ...]`, or a stack
+of batches `[steps, batch, ...]`. Image classification has 'image' `[..., height, width, channels]`
+and 'label' `[...]`, int32."""
 
-    Attributes:
-      image: `[..., height, width, channels]`.
-      label: `[...]`, int32.
-    """
 
-    image: Any
-    label: Any
+class ArraySpec(NamedTuple):
+    """Shape and dtype of an array of one example."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
 
 
 class Source(Protocol):
-    """Random access to examples, dicts with 'image' and 'label'."""
+    """Random access to examples, dicts of arrays."""
 
     def __len__(self) -> int:
         """Returns the number of examples."""
@@ -58,20 +60,21 @@ class Split:
       ranges: the stored examples that it consists of.
       source: examples by index.
       encoded: the same examples with encoded images, to read labels alone.
-      image_shape: (height, width, channels).
-      num_classes: number of labels.
-      in_memory: all examples, images uint8 or float32 as the data set has them; None where they
-        stay on disk.
-      random_resized_crop: whether `read` crops images.
+      spec: shape and dtype of each array of an example, as `read` returns it.
+      num_classes: number of labels; None: the data set does not say.
+      in_memory: all examples as `read` returns them; None where they stay on disk.
+      resizes: whether `read` gives each 'image' the shape of the spec.
+      random_resized_crop: whether it crops them at random for that.
     """
 
     name: str
     ranges: tuple[StoredRange, ...]
     source: Source
     encoded: Source
-    image_shape: tuple[int, int, int]
-    num_classes: int
+    spec: Mapping[str, ArraySpec]
+    num_classes: int | None
     in_memory: Examples | None = None
+    resizes: bool = False
     random_resized_crop: bool = False
 
     def __len__(self) -> int:
@@ -92,17 +95,23 @@ class Split:
           UserError: for the first example that is damaged or not what its data set declares.
         """
         if self.in_memory is not None:
-            return Examples(self.in_memory.image[indices], self.in_memory.label[indices])
+            return {name: array[indices] for name, array in self.in_memory.items()}
         examples = [self.source[int(i)] for i in indices]
-        images = []
-        for example, key in itertools.zip_longest(examples, crop_keys):
-            box = None
-            if self.random_resized_crop:
-                size = example["image"].shape[:2]
-                box = center_box(size) if key is None else random_box(size, key)
-            images.append(resize(example["image"], self.image_shape, box))
-        labels = np.array([example["label"] for example in examples], np.int32)
-        return Examples(np.stack(images), labels)
+        if self.resizes:
+            for example, key in itertools.zip_longest(examples, crop_keys):
+                example["image"] = self._resized(example["image"], key)
+        return {
+            name: np.stack([example[name] for example in examples]).astype(dtype, copy=False)
+            for name, (_, dtype) in self.spec.items()
+        }
+
+    def _resized(self, image: np.ndarray, key: tuple[int, ...] | None) -> np.ndarray:
+        box = None
+        if self.random_resized_crop:
+            size = image.shape[:2]
+            box = center_box(size) if key is None else random_box(size, key)
+        height, width, channels = self.spec["image"].shape
+        return resize(image, (height, width, channels), box)
 
     def read_in_threads(
         self, indices: np.ndarray, crop_keys: Sequence[tuple[int, ...]] = ()
@@ -117,14 +126,28 @@ class Split:
         ]
         with ThreadPoolExecutor() as pool:  # Decoding a PNG releases the interpreter lock.
             parts = list(pool.map(self.read, *zip(*chunks, strict=True)))
-        return Examples(*map(np.concatenate, zip(*parts, strict=True)))
+        return {name: np.concatenate([part[name] for part in parts]) for name in self.spec}
 
     def read_labels(self) -> np.ndarray:
-        """Returns the labels of all examples, int32, without decoding an image."""
+        """Returns the labels of all examples, int32, without decoding an image.
+
+        Raises:
+          UserError: where the data set has no whole number 'label' for each example.
+        """
+        label = self.spec.get("label")
+        if label is None or label.shape or label.dtype.kind not in "iu":
+            raise UserError(
+                f"dataset.classes_per_batch needs a whole number 'label' for each example of split "
+                f"{self.name!r}; set it to 0."
+            )
         if self.in_memory is not None:
-            return self.in_memory.label
+            return self.in_memory["label"]
         labels = [self.encoded[i]["label"] for i in range(len(self.encoded))]
         return np.array(labels, np.int32)
+
+    def zeros(self, size: int) -> Examples:
+        """Returns a batch of zeros, for shapes and dtypes."""
+        return {n: np.zeros((size, *shape), dtype) for n, (shape, dtype) in self.spec.items()}
 
     def count_shared(self, other: "Split") -> int:
         """Returns how many stored examples two splits of one data set have in common.
@@ -137,3 +160,11 @@ class Split:
             for b in other.ranges
             if a.split == b.split
         )
+
+
+def in_memory_if_small(split: Split, max_bytes: int) -> Split:
+    """Returns a split with its examples in memory, unless they have more bytes."""
+    size = sum(np.prod(s.shape, dtype=int) * s.dtype.itemsize for s in split.spec.values())
+    if split.random_resized_crop or len(split) * size > max_bytes:
+        return split
+    return dataclasses.replace(split, in_memory=split.read_in_threads(np.arange(len(split))))

@@ -5,13 +5,13 @@ import difflib
 import functools
 import importlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
 from mbn_jax.datasets.data_dir import find_data_dir
-from mbn_jax.datasets.split import Split, StoredRange
+from mbn_jax.datasets.split import ArraySpec, Split, StoredRange, in_memory_if_small
 from mbn_jax.errors import UserError
 
 DTYPES = ("uint8", "float32")
@@ -22,6 +22,8 @@ def load_split(
     name: str,
     split: str,
     *,
+    builder_class: type | None = None,
+    builder_kwargs: Mapping[str, Any] | None = None,
     data_dir: str | None = None,
     image_size: int = 0,
     random_resized_crop: bool = False,
@@ -30,8 +32,10 @@ def load_split(
     """Opens a split of any TFDS image-classification data set.
 
     Args:
-      name: TFDS name; 'digits' belongs to this package and is prepared on first use.
+      name: TFDS name; with a builder class, its name in messages.
       split: TFDS split, slices included.
+      builder_class: a class of TFDS, prepared on first use; default: the one of the name.
+      builder_kwargs: further arguments of the builder.
       data_dir: folder in which TFDS keeps its data sets; default: that of TFDS.
       image_size: height and width to resize images to; 0: as stored.
       random_resized_crop: resize a part of each image, a random one in training and else the
@@ -46,14 +50,19 @@ def load_split(
         classification, images of varying size without `image_size`, or, if the split is held in
         memory, examples that are damaged or not what the data set declares.
     """
-    tfds, builder = _prepared_builder(name, find_data_dir(data_dir))
+    if builder_class is None and name == "digits":
+        builder_class = importlib.import_module("mbn_jax.datasets.digits").Digits
+    builder = _prepared_builder(
+        name, builder_class, dict(builder_kwargs or {}), find_data_dir(data_dir)
+    )
     image_key, label_key = _supervised_keys(builder, name)
     features = builder.info.features
+    tfds = importlib.import_module("tensorflow_datasets")
     try:
         source = builder.as_data_source(split=split)
         undecoded = {image_key: tfds.decode.SkipDecoding()}
         encoded = builder.as_data_source(split=split, decoders=undecoded)
-        num_examples = len(source)  # TFDS refuses an empty slice.
+        len(source)  # TFDS refuses an empty slice.
     except (ValueError, KeyError, AssertionError, NotImplementedError) as error:
         raise UserError(
             f"Data set {name!r} has no examples in split {split!r}; its splits are "
@@ -69,18 +78,21 @@ def load_split(
     )
     loaded = Split(
         name=split,
-        ranges=_stored_ranges(tfds, builder, split),
+        ranges=stored_ranges(split, builder.info.splits),
         source=checked(source, image_shape=features[image_key].shape),
         encoded=checked(encoded, image_shape=None),
-        image_shape=_image_shape(features[image_key].shape, image_size, name),
+        spec={
+            "image": ArraySpec(
+                _image_shape(features[image_key].shape, image_size, name),
+                np.dtype(features[image_key].np_dtype),
+            ),
+            "label": ArraySpec((), np.dtype(np.int32)),
+        },
         num_classes=num_classes,
+        resizes=True,
         random_resized_crop=random_resized_crop,
     )
-    itemsize = np.dtype(features[image_key].np_dtype).itemsize
-    size = num_examples * np.prod(loaded.image_shape) * itemsize
-    if random_resized_crop or size > max_bytes_in_memory:
-        return loaded
-    return dataclasses.replace(loaded, in_memory=loaded.read_in_threads(np.arange(num_examples)))
+    return in_memory_if_small(loaded, max_bytes_in_memory)
 
 
 def _supervised_keys(builder: Any, name: str) -> tuple[str, str]:
@@ -121,14 +133,20 @@ def _image_shape(
     return height, width, channels
 
 
-def _stored_ranges(tfds: Any, builder: Any, split: str) -> tuple[StoredRange, ...]:
-    """Returns the stored examples that a TFDS split consists of."""
-    parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(builder.info.splits)
+def stored_ranges(split: str, stored: Mapping[str, Any]) -> tuple[StoredRange, ...]:
+    """Returns the stored examples that a TFDS split consists of.
+
+    Args:
+      split: names of stored splits, and slices and sums of these.
+      stored: by name, what has the `num_examples` of a stored split.
+    """
+    tfds = importlib.import_module("tensorflow_datasets")
+    parts = tfds.core.ReadInstruction.from_spec(split).to_absolute(stored)
     return tuple(
         StoredRange(
             part.splitname,
             part.from_ or 0,
-            builder.info.splits[part.splitname].num_examples if part.to is None else part.to,
+            stored[part.splitname].num_examples if part.to is None else part.to,
         )
         for part in parts
     )
@@ -193,19 +211,21 @@ def _reason(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _prepared_builder(name: str, data_dir: str | None):
+def _prepared_builder(
+    name: str, builder_class: type | None, kwargs: Mapping[str, Any], data_dir: str | None
+) -> Any:
     logging.getLogger("absl").addFilter(_is_worth_reading)
     tfds = importlib.import_module("tensorflow_datasets")
-    importlib.import_module("mbn_jax.datasets.digits")  # Registers the data set.
     build = f"`tfds build {name} --file_format=array_record"
     build += f" --data_dir={data_dir}`" if data_dir else "`"
 
-    def find():
-        return tfds.builder(name, data_dir=data_dir, file_format="array_record")
+    def find() -> Any:
+        options = {"data_dir": data_dir, "file_format": "array_record", **kwargs}
+        return builder_class(**options) if builder_class else tfds.builder(name, **options)
 
     try:
         builder = find()
-        if name == "digits" and not builder.is_prepared():
+        if builder_class and not builder.is_prepared():
             tfds.disable_progress_bar()
             try:
                 builder.download_and_prepare()
@@ -232,7 +252,7 @@ def _prepared_builder(name: str, data_dir: str | None):
             f"TensorFlow is installed (`pip install '.[prepare]'`), with {build}, or set "
             "dataset.data_dir to where it is."
         )
-    return tfds, builder
+    return builder
 
 
 def _is_worth_reading(record: logging.LogRecord) -> bool:

@@ -1,15 +1,16 @@
 """Networks, by name."""
 
-import functools
 from collections.abc import Callable
 
 import jax.numpy as jnp
 from flax import linen as nn
 from ml_collections import ConfigDict
 
+from mbn_jax.errors import UserError
 from mbn_jax.models.convnet import ConvNet
 from mbn_jax.models.resnet import RESNETS
 from mbn_jax.models.vgg import VGG16
+from mbn_jax.names import accepted, kwargs_of, named, only_accepted, takes
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "convnet": ConvNet,
@@ -17,26 +18,44 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     **RESNETS,
 }
 
+OWN_FIELDS = {"convnet": ("features",), **dict.fromkeys(RESNETS, ("zero_init_last_scale",))}
+"""Fields of `config.model` that go to some of these networks; others take `model.kwargs`."""
+
 
 def build_model(
-    config: ConfigDict, *, num_classes: int, norm: Callable[..., nn.Module]
+    config: ConfigDict, *, num_classes: int | None, norm: Callable[..., nn.Module]
 ) -> nn.Module:
     """Builds the network that `config.model` names.
 
+    It gets `norm`, `model.kwargs`, and of `num_classes`, `dtype` and `remat` what it takes.
+
     Args:
       config: run configuration.
-      num_classes: outputs of the classifier.
+      num_classes: outputs of the classifier; None: the data set has no classes.
       norm: factory of normalization layers, called with `use_running_average`.
 
     Returns:
-      A module to call as `module(images, train=...)`.
+      A module, usually called as `module(images, train=...)`.
+
+    Raises:
+      UserError: where it does not take what the config asks of it.
     """
-    name = config.model.name
-    model = functools.partial(
-        MODELS[name], dtype=jnp.dtype(config.model.dtype), remat=config.model.remat
-    )
-    if name == "convnet":
-        model = functools.partial(model, features=tuple(config.model.features))
-    elif name in RESNETS:
-        model = functools.partial(model, zero_init_last_scale=config.model.zero_init_last_scale)
-    return model(num_classes=num_classes, norm=norm)
+    options = config.model
+    factory = named(options.name, MODELS, "model.name")
+    shared = {"dtype": jnp.dtype(options.dtype), "remat": options.remat}
+    if num_classes is not None:
+        shared["num_classes"] = num_classes
+    taken = accepted(factory)
+    for name, asked in (("dtype", options.dtype != "float32"), ("remat", options.remat)):
+        if asked and name not in taken:
+            raise UserError(
+                f"model.{name}={options[name]} needs a network with the argument {name}, and "
+                f"{options.name!r} has none; leave model.{name} out."
+            )
+    if not takes(factory, "norm"):
+        raise UserError(
+            f"The network {options.name!r} must take norm=, a factory of normalization layers that "
+            "it calls with use_running_average; it has no such argument."
+        )
+    own = {name: options[name] for name in OWN_FIELDS.get(options.name, ())}
+    return factory(norm=norm, **only_accepted(factory, shared) | own | kwargs_of(options))

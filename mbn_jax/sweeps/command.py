@@ -21,7 +21,12 @@ from mbn_jax.sweeps.report import write_report
 from mbn_jax.sweeps.results import read_results, write_results
 from mbn_jax.sweeps.runner import Runner
 from mbn_jax.sweeps.terminal import duration
-from mbn_jax.training.config_files import call_in_file, override_fields, parse_config
+from mbn_jax.training.config_files import (
+    call_in_file,
+    override_fields,
+    parse_config,
+    with_import_dir,
+)
 from mbn_jax.training.workdir import make_folder
 
 PACKAGES = ("mbn-jax", "jax", "jaxlib", "flax", "optax", "numpy")
@@ -54,8 +59,10 @@ def load_sweep(path: str, overrides: Sequence[str], seeds: int | None) -> tuple[
     files = {key: str(pathlib.Path(path).parent / file) for key, file in sweep.configs.items()}
     default = next(iter(files.values()))
     dataset = parse_config(default, overrides).dataset.name
-    config = sweep.base_config(parse_config(files.get(dataset, default)))
-    return sweep, override_fields(config, overrides)
+    file = files.get(dataset, default)
+    config = override_fields(sweep.base_config(parse_config(file)), overrides)
+    names = [value for member in sweep.members() for value in member.fields.values()]
+    return sweep, with_import_dir(config, file, names)
 
 
 def dry_run(

@@ -14,7 +14,7 @@ from mbn_jax.training.divergence import DivergenceError
 from mbn_jax.training.loop import train
 from mbn_jax.training.program import Programs
 
-COST_FIELDS = ("dataset", "model", "batch_size", "double_forward", "shift", "runtime")
+COST_FIELDS = ("dataset", "model", "loss", "batch_size", "double_forward", "shift", "runtime")
 """Fields, and groups of fields, that set how long a step takes; other fields are taken not to."""
 
 DISPATCHES_PER_RECORD = 8

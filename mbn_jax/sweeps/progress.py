@@ -8,6 +8,7 @@ from optuna.trial import FrozenTrial
 
 from mbn_jax.sweeps import storage as store
 from mbn_jax.sweeps.terminal import StatusLine, duration
+from mbn_jax.training.reporting import of_split, shown
 
 ENDS = (store.FINISHED, store.DIVERGED, store.FAILED)
 
@@ -62,6 +63,9 @@ def _ending(trial: FrozenTrial) -> str:
     outcome = store.outcome(trial)
     if outcome != store.FINISHED:
         return f"{outcome}: {trial.user_attrs[store.REASON]}"
-    errors = [r["test_error"] for r in trial.user_attrs[store.RECORDS] if "test_error" in r]
-    result = f"test error {errors[-1]:.2%}" if errors else "no test error on record"
+    metrics = [of_split("test", record) for record in trial.user_attrs[store.RECORDS]]
+    last = next((found for found in reversed(metrics) if found), [])
+    result = ", ".join(f"test {name} {shown(name, x)}" for name, x in last if name == "error")
+    result = result or ", ".join(f"test {name} {shown(name, x)}" for name, x in last)
+    result = result or "no test error on record"
     return f"{result} in {trial.user_attrs[store.COST]['seconds']:.1f} s"

@@ -73,7 +73,8 @@ def _columns_of_member(study: optuna.Study, name: str, trial: FrozenTrial) -> di
     base, swept = study.user_attrs[store.CONFIG], study.user_attrs[store.SWEEP]["fields"]
     point, attributes = json.loads(name), trial.user_attrs
     seed = point.pop("seed")
-    fields = {field: attributes[store.FIELDS].get(field, base[field]) for field in swept}
+    # A field of kwargs may be missing from what all members share.
+    fields = {field: attributes[store.FIELDS].get(field, base.get(field)) for field in swept}
     run = {
         "seed": seed,
         "outcome": store.outcome(trial),

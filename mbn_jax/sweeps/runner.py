@@ -31,7 +31,7 @@ from mbn_jax.training.divergence import DivergenceError
 from mbn_jax.training.lock import only_one
 from mbn_jax.training.loop import train
 from mbn_jax.training.program import Programs
-from mbn_jax.training.reporting import read_metrics
+from mbn_jax.training.reporting import read_metrics, selection_metric
 
 MEMBERS = "members"
 TRACEBACK = "traceback.txt"
@@ -192,7 +192,7 @@ class Runner:
                 raise
 
     def _run_member(self, trial: optuna.Trial, device: jax.Device) -> float:
-        """Runs one member, and records how it ended; returns its test error."""
+        """Runs one member, and records how it ended; returns its test error, or its test loss."""
         trial.set_user_attr(store.RUNNER, store.this_runner())
         name = trial.user_attrs.get(store.MEMBER)
         if name is None or store.is_duplicate(self._study, trial.number, name):
@@ -217,7 +217,7 @@ class Runner:
                 _record_end(trial, folder, store.FAILED, reason=reason)
                 raise
             _record_end(trial, folder, store.FINISHED)
-        return values["test_error"]
+        return selection_metric(values) or 0.0
 
     def _train(
         self, trial: optuna.Trial, device: jax.Device, folder: pathlib.Path
@@ -240,8 +240,8 @@ class Runner:
             trial.set_user_attr(store.COST, cost)
 
         def on_record(step: int, values: dict[str, float]) -> None:
-            if "test_error" in values:
-                trial.report(values["test_error"], step)
+            if (value := selection_metric(values)) is not None:
+                trial.report(value, step)
                 note_cost()  # This process may be killed.
 
         def stop_asked(first_step: int, last_step: int) -> bool:
@@ -300,10 +300,11 @@ def _show_on_dashboard(trial: optuna.Trial, config: ConfigDict) -> None:
     """Makes the fields that are numbers parameters of the trial, to plot by."""
     values: Mapping[str, Any] = fields(config)
     for field in trial.user_attrs[store.FIELDS]:
-        if isinstance(values[field], float):
-            trial.suggest_float(field, values[field], values[field])
-        elif isinstance(values[field], int) and not isinstance(values[field], bool):
-            trial.suggest_int(field, values[field], values[field])
+        value = values.get(field)
+        if isinstance(value, float):
+            trial.suggest_float(field, value, value)
+        elif isinstance(value, int) and not isinstance(value, bool):
+            trial.suggest_int(field, value, value)
 
 
 def _record_end(

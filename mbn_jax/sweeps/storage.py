@@ -139,7 +139,8 @@ def check_sweep(study: optuna.Study, config: ConfigDict, members: Sequence[Membe
       UserError: for another config, or a member that is gone or has other fields.
     """
     now = fields(config)
-    differing = changes(study.user_attrs.get(CONFIG, now), now)
+    before = study.user_attrs.get(CONFIG, now) | {"import_dir": config.import_dir}
+    differing = changes(before, now)
     if differing:
         raise UserError(
             f"the sweep in this workdir has another config ({differing}); use another --workdir, "

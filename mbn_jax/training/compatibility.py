@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mbn_jax.errors import UserError
+from mbn_jax.names import is_import_path
 from mbn_jax.training.config import changes
 
 MAY_CHANGE = (
@@ -19,6 +20,7 @@ MAY_CHANGE = (
     "dataset.data_dir",
     "dataset.max_bytes_in_memory",
     "dataset.num_workers",
+    "import_dir",
     # How the same computation runs.
     "runtime",
     "steps_per_dispatch",
@@ -98,6 +100,7 @@ def _depends_on_the_end(fields: Mapping[str, Any]) -> str | None:
         return f"schedule.name={fields['schedule.name']!r}"
     if fields["norm.name"] == "batch_renorm":
         return "norm.batch_renorm"
-    if fields["norm.name"] == "memorized" and fields["norm.memory_schedule.start_size"]:
+    has_memory = fields["norm.name"] == "memorized" or is_import_path(fields["norm.name"])
+    if has_memory and fields["norm.memory_schedule.start_size"]:
         return "norm.memory_schedule"
     return None

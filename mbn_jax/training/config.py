@@ -5,12 +5,15 @@ import json
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FieldReference
 
 from mbn_jax.core.double_forward import DOUBLE_FORWARD
 from mbn_jax.core.gradient import GRADIENTS
+from mbn_jax.datasets.find import DATASETS
 from mbn_jax.models import MODELS
+from mbn_jax.names import import_path
 from mbn_jax.parallel.devices import RUNTIMES
+from mbn_jax.training.config_files import with_free_kwargs
 from mbn_jax.training.field_rules import (
     ANY,
     BELOW_ONE,
@@ -23,8 +26,10 @@ from mbn_jax.training.field_rules import (
     Rule,
     at_least,
     choice,
+    name_of,
 )
 from mbn_jax.training.hparams import HPARAM_FIELDS
+from mbn_jax.training.losses import LOSSES
 from mbn_jax.training.norms import NORMS, SYNCS, memory_capacity
 from mbn_jax.training.optimizers import OPTIMIZERS, SCHEDULES
 
@@ -50,8 +55,10 @@ FIELDS = {
     "batch_size": Field(128, at_least(1), "global batch size: over all devices and hosts"),
     "num_epochs": Field(10.0, POSITIVE, "epochs to train for"),
     "init_from": Field("", ANY, "workdir of a run whose weights to start with", host_only=True),
+    "import_dir": Field("", ANY, "folder of the modules that names import", host_only=True),
     # Data.
     "dataset.name": Field("digits", ANY, "TFDS name of an image-classification data set"),
+    "dataset.standardize": Field(True, ANY, "scale 'image' by the mean and deviation of channels"),
     "dataset.data_dir": Field("", ANY, "folder of TFDS data sets; empty: that of TFDS"),
     "dataset.train_split": Field("train", ANY, "TFDS split to train on"),
     "dataset.test_split": Field("test", ANY, "TFDS split to evaluate on"),
@@ -64,13 +71,13 @@ FIELDS = {
     "dataset.max_bytes_in_memory": Field(4 << 30, at_least(0), "larger splits are decoded as used"),
     "dataset.num_workers": Field(0, at_least(0), "processes that decode images; 0: threads"),
     # Network.
-    "model.name": Field("convnet", choice(MODELS), "network"),
+    "model.name": Field("convnet", name_of(MODELS), "network"),
     "model.features": Field((16, 32, 32, 64), WIDTHS, "channels of each layer of 'convnet'"),
     "model.zero_init_last_scale": Field(False, ANY, "residual blocks start as the identity"),
     "model.remat": Field(False, ANY, "keep less for the backward pass, recompute it there"),
     "model.dtype": Field("float32", choice(("float32", "bfloat16")), "dtype of the computation"),
     # Normalization.
-    "norm.name": Field("memorized", choice(NORMS), "normalization layer"),
+    "norm.name": Field("memorized", name_of(NORMS), "normalization layer"),
     "norm.epsilon": Field(1e-5, POSITIVE, "added to variances"),
     "norm.use_fast_variance": Field(True, ANY, "compute moments in one pass"),
     "norm.sync": Field("sync", choice(SYNCS), "devices that share statistics: all, groups, none"),
@@ -95,13 +102,13 @@ FIELDS = {
     "double_forward_fraction": Field(1.0, UP_TO_ONE, "share of examples in the second forward"),
     "gradient_clip_norm": Field(0.0, at_least(0), "largest norm of the gradient; 0: no limit"),
     # Optimizer.
-    "optimizer.name": Field("sgd", choice(OPTIMIZERS), "optimizer"),
+    "optimizer.name": Field("sgd", name_of(OPTIMIZERS), "optimizer"),
     "optimizer.learning_rate": Field(0.1, POSITIVE, "learning rate before its schedule"),
     "optimizer.momentum": Field(0.9, BELOW_ONE, "momentum of 'sgd'"),
     "optimizer.nesterov": Field(False, ANY, "Nesterov momentum for 'sgd'"),
     "optimizer.weight_decay": Field(0.0, at_least(0), "weight decay"),
     "optimizer.decay_norm_params": Field(False, ANY, "decay scales and biases too"),
-    #
+    "loss.name": Field("cross_entropy", name_of(LOSSES), "loss, and the metrics beside it"),
     "schedule.name": Field("cosine", choice(SCHEDULES), "learning rate over the run"),
     "schedule.warmup_epochs": Field(0.0, at_least(0), "epochs of a linear warm-up"),
     "schedule.step_epochs": Field((5.0, 7.5), ANY, "epochs at which the rate of 'step' falls"),
@@ -123,7 +130,29 @@ FIELDS = {
     "shift.examples": Field(0, at_least(0), "training examples for the population; 0: all"),
     "shift.layers": Field("", PATTERN, "regular expression; empty: all norm layers"),
 }
-"""All fields by dotted name."""
+"""All fields by dotted name, but those of `kwargs`."""
+
+NAMED: dict[str, Mapping[str, Any]] = {
+    "dataset": DATASETS,
+    "model": MODELS,
+    "norm": NORMS,
+    "loss": LOSSES,
+    "optimizer": OPTIMIZERS,
+}
+"""The groups of fields with a `name` and any `kwargs`, and their short names.
+
+`dataset.name` may be the name of a TFDS data set, too.
+"""
+
+
+class NamedGroup(ConfigDict):
+    """A group of fields with a `name`, which may be set to a class or function of a module."""
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        """Sets a field; an object for a name becomes its import path."""
+        if key == "name" and callable(value) and not isinstance(value, FieldReference):
+            value = import_path(value, "name")
+        super().__setitem__(key, value)
 
 
 def default_config() -> ConfigDict:
@@ -138,10 +167,10 @@ def default_config() -> ConfigDict:
         group = config
         for key in groups:
             if key not in group:
-                group[key] = ConfigDict()
+                group[key] = NamedGroup({"kwargs": ConfigDict()}) if key in NAMED else ConfigDict()
             group = group[key]
         group[leaf] = field.default
-    return config.lock()  # A misspelt field in a config file is an error.
+    return with_free_kwargs(config.lock())  # A misspelt field in a config file is an error.
 
 
 def field_value(config: ConfigDict, name: str) -> Any:

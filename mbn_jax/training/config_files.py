@@ -1,5 +1,6 @@
 """Config files, and the fields of a config that a command line sets."""
 
+import ast
 import contextlib
 import difflib
 import importlib.machinery
@@ -9,7 +10,7 @@ import re
 import runpy
 import sys
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -17,6 +18,8 @@ from ml_collections import ConfigDict, config_flags
 
 from mbn_jax.command_line import expand_home
 from mbn_jax.errors import UserError
+from mbn_jax.names import is_import_path
+from mbn_jax.training.presets import PRESETS, use_preset
 
 ROOT_FILES = ("pyproject.toml", "setup.py", "setup.cfg", ".git")
 """Of the root of a project, which is no package, even where Python files lie in it."""
@@ -38,16 +41,50 @@ def parse_config(path: str, overrides: Sequence[str] = ()) -> ConfigDict:
     config = call_in_file(path, "get_config")
     if not isinstance(config, ConfigDict):
         raise UserError(f"get_config() of {path} must return a ConfigDict, got {type(config)}")
-    return override_fields(config, overrides)
+    return with_import_dir(override_fields(config, overrides), path)
+
+
+def with_import_dir(config: ConfigDict, path: str, names: Iterable[Any] = ()) -> ConfigDict:
+    """Sets `import_dir` to the folder of a file, where a name is an import path and it is not set.
+
+    Args:
+      config: a config; it is changed.
+      path: path of the file, as for `parse_config`.
+      names: names that the config may be given later, beside those that it has.
+    """
+    groups = [group for group in config.values() if isinstance(group, ConfigDict)]
+    names = [*names, *(group.get("name") for group in groups)]
+    if "import_dir" in config and not config.import_dir and any(map(is_import_path, names)):
+        config.import_dir = str(split_argument(path)[0].absolute().parent)
+    return config
+
+
+def is_in_kwargs(name: str) -> bool:
+    """Returns whether a dotted name is that of a field in `kwargs`, 'model.kwargs.width'.
+
+    >>> is_in_kwargs('model.kwargs.width'), is_in_kwargs('model.name')
+    (True, False)
+    """
+    return name.split(".", 2)[1:2] == ["kwargs"] and name.count(".") >= 2
+
+
+def with_free_kwargs(config: ConfigDict) -> ConfigDict:
+    """Lets the `kwargs` of a config take any fields, whatever is locked; returns the config."""
+    for group in config.values():
+        if isinstance(group, ConfigDict) and "kwargs" in group:
+            group.kwargs.unlock()
+    return config
 
 
 def override_fields(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
     """Sets the fields that `overrides` name, '--config.FIELD=VALUE'; raises UserError."""
+    overrides = _apply_preset(config, overrides)
     for override in overrides:
         if override.startswith("-") and not override.startswith("--config."):
             raise UserError(f"unknown argument {override}; see --help")
         if override.startswith("--config."):
             check_field(config, override.removeprefix("--config.").split("=")[0])
+    overrides = _set_kwargs(config, overrides)
     values = flags.FlagValues()
     argv = ["config", *overrides]
     try:
@@ -57,7 +94,39 @@ def override_fields(config: ConfigDict, overrides: Sequence[str]) -> ConfigDict:
         raise UserError(str(error)) from error
     if positional:
         raise UserError(f"unknown argument {positional[0]}; see --help")
-    return values.config
+    return with_free_kwargs(values.config)
+
+
+def _apply_preset(config: ConfigDict, overrides: Sequence[str]) -> list[str]:
+    """Sets the fields of `--config.preset=NAME`, before all others; returns the other overrides."""
+    presets = [word for word in overrides if word.split("=")[0] == "--config.preset"]
+    for word in presets:
+        if "=" not in word:
+            raise UserError(f"give the preset as --config.preset=NAME, of {', '.join(PRESETS)}")
+        use_preset(config, word.split("=", 1)[1])
+    return [word for word in overrides if word not in presets]
+
+
+def _set_kwargs(config: ConfigDict, overrides: Sequence[str]) -> list[str]:
+    """Sets fields of `kwargs`, which may be new, to Python values; returns the other overrides."""
+    others, words = [], iter(overrides)
+    for word in words:
+        name, is_whole, text = word.removeprefix("--config.").partition("=")
+        if not (word.startswith("--config.") and is_in_kwargs(name)):
+            others.append(word)
+            continue
+        if not is_whole:
+            text = next(words, "")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = {"true": True, "false": False}.get(text, text)
+        group, _, key = name.split(".", 2)
+        if "." in key or group not in config:
+            raise UserError(f"the config has no field {name}; kwargs have no groups")
+        with config.ignore_type():
+            config[group].kwargs[key] = value
+    return others
 
 
 def split_argument(path: str) -> tuple[pathlib.Path, str | None]:
@@ -181,7 +250,7 @@ class _Finder:
 
 def with_fields(config: ConfigDict, fields: Mapping[str, Any], where: str) -> ConfigDict:
     """Returns a copy with fields set by dotted name; raises UserError, naming `where`."""
-    config = config.copy_and_resolve_references()
+    config = with_free_kwargs(config.copy_and_resolve_references())
     try:
         config.update_from_flattened_dict(dict(fields))
     except (TypeError, KeyError) as error:
@@ -193,6 +262,8 @@ def with_fields(config: ConfigDict, fields: Mapping[str, Any], where: str) -> Co
 def check_field(config: ConfigDict, name: str) -> None:
     """Raises UserError unless `name`, dotted, is a field and no group of fields."""
     found, group = config, ""
+    if is_in_kwargs(name):
+        return  # Any: they are for the user's own class or function.
     for key in name.split("."):
         if not isinstance(found, ConfigDict) or key not in found:
             fields = list(found) if isinstance(found, ConfigDict) else []

@@ -7,16 +7,20 @@ import optax
 from flax import struct
 from ml_collections import ConfigDict
 
-from mbn_jax.core.double_forward import BATCH_MOMENTS
 from mbn_jax.datasets.split import Examples
 from mbn_jax.parallel.devices import AXIS_NAME, first_device
 from mbn_jax.statistics.recalibration import record_norm_inputs
 from mbn_jax.step.state import TrainState
 from mbn_jax.training.hparams import HParams
-from mbn_jax.training.norms import LAYERS
 from mbn_jax.training.passes import batch_stacks, train_pass
 from mbn_jax.training.program import Program
-from mbn_jax.training.steps import BatchStack, build_train_step, layer_statistics, next_batch
+from mbn_jax.training.steps import (
+    BatchStack,
+    build_train_step,
+    layer_statistics,
+    next_batch,
+    training_apply,
+)
 from mbn_jax.training.task import Task
 
 MAX_REPLAYED_STEPS = 10_000
@@ -163,14 +167,9 @@ def finite_layers_step(
     """
     batch = next_batch(task, state, hparams, data, stack)
     new = build_train_step(task, hparams)(state, batch)[0] if after_update else state
-    with record_norm_inputs(LAYERS) as recorded:
-        task.model(hparams, remat=False).apply(
-            {"params": new.params, "batch_stats": new.batch_stats},
-            batch.image,
-            train=True,
-            mutable=["batch_stats", BATCH_MOMENTS],
-            rngs={"dropout": state.key},
-        )
+    variables = {"params": new.params, "batch_stats": new.batch_stats}
+    with record_norm_inputs(task.norm_layers) as recorded:
+        task.loss(training_apply(task, hparams, variables, state.key), batch)
     kept = layer_statistics(new.batch_stats)
     flags = []
     for layer, moments in recorded.items():

@@ -32,7 +32,7 @@ def evaluate_run(
       best: evaluate the sound checkpoint of the lowest test error instead.
 
     Returns:
-      'step', 'split', 'loss' and 'error'.
+      'step', 'split', 'loss', and the further metrics of the loss ('error').
 
     Raises:
       UserError: where there is no run or no sound checkpoint, or its config is another.

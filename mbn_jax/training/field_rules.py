@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 from mbn_jax.errors import UserError
+from mbn_jax.names import FORM, is_import_path
 
 MAX_MEMORY_SIZE = 1 << 16
 
@@ -47,6 +48,20 @@ def choice(names: Collection[str]) -> Rule:
         return f"Did you mean {close[0]!r}?" if close else ""
 
     return Rule(f"one of {', '.join(names)}", lambda value: value in names, closest)
+
+
+def name_of(names: Collection[str]) -> Rule:
+    """Allows one of some short names, or an import path.
+
+    >>> name_of(('convnet',)).holds('my_models:UNet')
+    True
+    """
+    known = choice(names)
+    return Rule(
+        f"{known.expected}, or {FORM}",
+        lambda value: known.holds(value) or is_import_path(value),
+        known.hint,
+    )
 
 
 def number(expected: str, holds: Callable[[Any], bool]) -> Rule:

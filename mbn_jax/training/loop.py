@@ -23,7 +23,14 @@ from mbn_jax.training.intervals import Intervals
 from mbn_jax.training.norms import is_endless
 from mbn_jax.training.passes import evaluate, recalibrate, train_pass
 from mbn_jax.training.program import Program, Programs
-from mbn_jax.training.reporting import Reporter, draw_curves, read_metrics
+from mbn_jax.training.reporting import (
+    Reporter,
+    draw_curves,
+    of_split,
+    read_metrics,
+    selection_metric,
+    shown,
+)
 from mbn_jax.training.resuming import Start, find_start
 from mbn_jax.training.shift import measure_shift
 from mbn_jax.training.workdir import CHECKPOINTS, CONFIG, open_workdir, save_config, writing
@@ -54,8 +61,8 @@ def train(
         same on all hosts.
 
     Returns:
-      The last values of 'train_loss', 'train_error', 'test_loss' and 'test_error', and 'step'; with
-      `recalibrate_batches`, those of 'recalibrated_test_loss' and 'recalibrated_test_error' too.
+      'step', and the last values of 'train_loss', 'test_loss', the same of each further metric of
+      the loss ('error'), and with `recalibrate_batches` 'recalibrated_test_loss' and so on.
 
     Raises:
       UserError: for a configuration or data that cannot work, or a workdir that is of another
@@ -204,14 +211,12 @@ def _to_host(pending: list[Any]) -> dict[str, np.ndarray]:
 
 
 def _evaluate(run: Run, state: TrainState, step: int, check: FiniteCheck) -> dict[str, float]:
-    """Returns 'test_loss' and 'test_error', at the end by recalibrated statistics too."""
+    """Returns the metrics of the test split, at the end by recalibrated statistics too."""
     program, config = run.program, run.config
     values = {f"test_{k}": v for k, v in evaluate(program, config, state).items()}
     check(values["test_loss"], "test loss", step, after_update=True)
-    run.reporter.say(
-        f"step {step}/{run.intervals.total}  test loss {values['test_loss']:.4f}  "
-        f"test error {values['test_error']:.2%}"
-    )
+    metrics = "  ".join(f"test {name} {shown(name, x)}" for name, x in of_split("test", values))
+    run.reporter.say(f"step {step}/{run.intervals.total}  {metrics}")
     if step == run.intervals.total and config.recalibrate_batches and state.batch_stats:
         fresh = recalibrate(program, config, state, config.recalibrate_batches)
         found = evaluate(program, config, fresh)
@@ -232,7 +237,7 @@ def _save(
         "config": fields(run.config),
         "pending": {name: x.tolist() for name, x in unlogged.items()},
         "records": run.reporter.sync(),
-        "test_error": None if temporary else run.reporter.last.get("test_error"),
+        "test_error": None if temporary else selection_metric(run.reporter.last),
     }
     with writing(run.workdir):
         checkpoints.save(
@@ -245,6 +250,11 @@ def _save(
 
 def run_title(config: ConfigDict) -> str:
     """Returns a run in a few words, for figures and summaries."""
+    return f"{config.dataset.name}, {config.model.name}, {norm_title(config)}, seed {config.seed}"
+
+
+def norm_title(config: ConfigDict) -> str:
+    """Returns how a run normalizes, in a few words."""
     norm = config.norm.name
     if norm == "memorized":
         size = "without end" if is_endless(config) else config.norm.memory_size
@@ -252,10 +262,7 @@ def run_title(config: ConfigDict) -> str:
     double_forward = config.double_forward
     if config.double_forward_fraction < 1:
         double_forward += f" of {config.double_forward_fraction:g} of the batch"
-    return (
-        f"{config.dataset.name}, {config.model.name}, norm {norm}, batch size {config.batch_size}, "
-        f"double forward {double_forward}, seed {config.seed}"
-    )
+    return f"norm {norm}, batch size {config.batch_size}, double forward {double_forward}"
 
 
 def last_values(workdir: pathlib.Path) -> dict[str, float]:

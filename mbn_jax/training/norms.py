@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 import optax
@@ -13,12 +14,22 @@ from mbn_jax.linen.batch_renorm import BatchRenorm
 from mbn_jax.linen.memorized import MemorizedBatchNorm
 from mbn_jax.linen.virtual_batches import VirtualBatches
 from mbn_jax.models.affine import Affine
+from mbn_jax.names import accepted, kwargs_of, named, only_accepted, takes
 from mbn_jax.parallel.devices import AXIS_NAME
 from mbn_jax.training.hparams import HParams
 
 SYNCS = ("sync", "group", "local")
-NORMS_OF_BATCHES = ("memorized", "batch", "batch_renorm")
-"""Norms that normalize by statistics of batches."""
+
+NORMS: dict[str, Callable[..., nn.Module]] = {
+    "memorized": MemorizedBatchNorm,
+    "batch": nn.BatchNorm,
+    "batch_renorm": BatchRenorm,
+    "group": nn.GroupNorm,
+    # Over channels and space, as is usual for convolutions.
+    "layer": functools.partial(nn.GroupNorm, num_groups=1),
+    "instance": nn.InstanceNorm,
+    "none": Affine,
+}
 
 LAYERS = (
     VirtualBatches,
@@ -29,7 +40,7 @@ LAYERS = (
     nn.InstanceNorm,
     Affine,
 )
-"""Classes of the layers that `NORMS` builds."""
+"""Classes of the layers in `NORMS`."""
 
 NormFactory = Callable[..., nn.Module]
 """`norm(use_running_average=..., scale_init=...)` is a normalization layer."""
@@ -47,14 +58,18 @@ def build_norm(
       total_steps: total training steps; schedules of a norm are shares of it.
 
     Returns:
-      A factory of normalization layers.
+      A factory of normalization layers, called with `use_running_average`, which it takes whether
+      or not the layer does. The layer gets `norm.kwargs`, and of the fields what it takes.
     """
-    norm = functools.partial(
-        NORMS[config.norm.name](config, hparams, num_devices, total_steps),
-        dtype=jnp.dtype(config.model.dtype),
-    )
+    layer = named(config.norm.name, NORMS, "norm.name")
+    offered = _options(config, hparams, num_devices, total_steps)
+    if not takes(layer, "use_running_average"):
+        norm = functools.partial(layer, **only_accepted(layer, offered) | kwargs_of(config.norm))
+        return lambda use_running_average=None, **options: norm(**options)
+    offered |= _options_of_batches(config, num_devices)
+    norm = functools.partial(layer, **only_accepted(layer, offered) | kwargs_of(config.norm))
     virtual_batch_size = config.norm.virtual_batch_size
-    if not virtual_batch_size or config.norm.name not in NORMS_OF_BATCHES:
+    if not virtual_batch_size or not is_norm_of_batches(layer):
         return norm
     synced = synced_devices(config, num_devices)
     num_groups = config.batch_size // num_devices * synced // virtual_batch_size
@@ -63,6 +78,17 @@ def build_norm(
         return VirtualBatches(functools.partial(norm, **options), num_groups, use_running_average)
 
     return in_groups
+
+
+def is_norm_of_batches(layer: Callable[..., nn.Module]) -> bool:
+    """Returns whether a layer normalizes by statistics of batches, and can sync them."""
+    return {"use_running_average", "axis_name"} <= accepted(layer)
+
+
+def norm_layers(config: ConfigDict) -> tuple[type[nn.Module], ...]:
+    """Returns the classes that are normalization layers, the one that the config names too."""
+    layer = named(config.norm.name, NORMS, "norm.name")
+    return (*LAYERS, layer) if isinstance(layer, type) and layer not in LAYERS else LAYERS
 
 
 def is_endless(config: ConfigDict) -> bool:
@@ -99,51 +125,46 @@ def synced_devices(config: ConfigDict, num_devices: int) -> int:
     return {"sync": num_devices, "group": config.norm.sync_group_size, "local": 1}[config.norm.sync]
 
 
-def _memorized(
+def _options(
     config: ConfigDict, hparams: HParams, num_devices: int, total_steps: int
-) -> NormFactory:
+) -> dict[str, Any]:
+    """Returns what a layer is given where it has an argument of that name."""
+    norm = config.norm
     options = {
+        "dtype": jnp.dtype(config.model.dtype),
+        "epsilon": norm.epsilon,
+        "momentum": norm.momentum,
+        "num_groups": norm.num_groups,
+        "memory_size": None,
         "decay": hparams.decay,
-        "gradient": config.norm.gradient,
-        **_statistics_options(config, num_devices),
+        "gradient": norm.gradient,
     }
-    if is_endless(config):
-        return functools.partial(MemorizedBatchNorm, memory_size=None, **options)
-    return functools.partial(
-        MemorizedBatchNorm,
-        memory_size=memory_size_schedule(config, hparams, total_steps),
-        memory_capacity=memory_capacity(config),
-        **options,
-    )
+    if not is_endless(config):
+        options["memory_size"] = memory_size_schedule(config, hparams, total_steps)
+        options["memory_capacity"] = memory_capacity(config)
+    if norm.name == "batch_renorm":
+        options |= _limits(config, total_steps)
+    return options
 
 
-def _batch(config: ConfigDict, hparams: HParams, num_devices: int, total_steps: int) -> NormFactory:
-    options = _statistics_options(config, num_devices)
-    return functools.partial(nn.BatchNorm, momentum=config.norm.momentum, **options)
-
-
-def _batch_renorm(
-    config: ConfigDict, hparams: HParams, num_devices: int, total_steps: int
-) -> NormFactory:
+def _limits(config: ConfigDict, total_steps: int) -> dict[str, Any]:
+    """Returns the limits of batch renormalization, functions of the step."""
     limits = config.norm.batch_renorm
     begin = round(limits.begin * total_steps)
 
     def until(end: float) -> int:
         return max(1, round(end * total_steps) - begin)
 
-    return functools.partial(
-        BatchRenorm,
-        momentum=config.norm.momentum,
-        r_max=optax.linear_schedule(1.0, limits.r_max, until(limits.r_end), begin),
-        d_max=optax.linear_schedule(0.0, limits.d_max, until(limits.d_end), begin),
-        **_statistics_options(config, num_devices),
-    )
+    return {
+        "r_max": optax.linear_schedule(1.0, limits.r_max, until(limits.r_end), begin),
+        "d_max": optax.linear_schedule(0.0, limits.d_max, until(limits.d_end), begin),
+    }
 
 
-def _statistics_options(config: ConfigDict, num_devices: int) -> dict:
-    """Returns the options that all layers with statistics of batches share."""
+def _options_of_batches(config: ConfigDict, num_devices: int) -> dict[str, Any]:
+    """Returns what a layer with statistics of batches is given beside `_options`."""
     norm = config.norm
-    options = {"epsilon": norm.epsilon, "use_fast_variance": norm.use_fast_variance}
+    options: dict[str, Any] = {"use_fast_variance": norm.use_fast_variance}
     if norm.sync != "local":
         options["axis_name"] = AXIS_NAME
     if norm.sync == "group":
@@ -152,33 +173,3 @@ def _statistics_options(config: ConfigDict, num_devices: int) -> dict:
         # Tuples, because flax hashes a module's attributes.
         options["axis_index_groups"] = tuple(tuple(range(i, i + size)) for i in starts)
     return options
-
-
-def _without_statistics(make_layer: Callable[[ConfigDict], Callable[..., nn.Module]]):
-    """Adapts a layer without statistics of batches, which takes no `use_running_average`."""
-
-    def build(
-        config: ConfigDict, hparams: HParams, num_devices: int, total_steps: int
-    ) -> NormFactory:
-        layer = functools.partial(make_layer(config), epsilon=config.norm.epsilon)
-        return lambda use_running_average=None, **options: layer(**options)
-
-    return build
-
-
-def _none(config: ConfigDict, hparams: HParams, num_devices: int, total_steps: int) -> NormFactory:
-    return Affine
-
-
-NORMS = {
-    "memorized": _memorized,
-    "batch": _batch,
-    "batch_renorm": _batch_renorm,
-    "group": _without_statistics(
-        lambda config: functools.partial(nn.GroupNorm, num_groups=config.norm.num_groups)
-    ),
-    # Over channels and space, as is usual for convolutions.
-    "layer": _without_statistics(lambda config: functools.partial(nn.GroupNorm, num_groups=1)),
-    "instance": _without_statistics(lambda config: nn.InstanceNorm),
-    "none": _none,
-}

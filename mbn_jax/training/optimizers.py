@@ -1,14 +1,15 @@
 """Optimizers and learning-rate schedules of optax, by configuration."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import optax
 from ml_collections import ConfigDict
 
+from mbn_jax.names import kwargs_of, named, only_accepted
 from mbn_jax.training.hparams import HParams
 
-OPTIMIZERS = ("sgd", "adam")
 SCHEDULES = ("cosine", "step", "constant")
 
 
@@ -42,12 +43,47 @@ def build_schedule(
     return optax.join_schedules([start, main], [warmup])
 
 
+def sgd(
+    schedule: optax.Schedule,
+    *,
+    momentum: float,
+    nesterov: bool,
+    weight_decay: Any,
+    mask: Any,
+    gradient_clip_norm: float,
+) -> optax.GradientTransformation:
+    """Returns SGD; weight decay is added to the gradient, after clipping."""
+    transforms = _clipping(gradient_clip_norm)
+    transforms.append(optax.add_decayed_weights(weight_decay, mask))
+    transforms.append(optax.sgd(schedule, momentum=momentum or None, nesterov=nesterov))
+    return optax.chain(*transforms)
+
+
+def adam(
+    schedule: optax.Schedule, *, weight_decay: Any, mask: Any, gradient_clip_norm: float
+) -> optax.GradientTransformation:
+    """Returns Adam; weight decay is decoupled from the gradient."""
+    update = optax.adamw(schedule, weight_decay=weight_decay, mask=mask)
+    return optax.chain(*_clipping(gradient_clip_norm), update)
+
+
+def _clipping(norm: float) -> list[optax.GradientTransformation]:
+    return [optax.clip_by_global_norm(norm)] if norm else []
+
+
+OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {"sgd": sgd, "adam": adam}
+
+OWN_FIELDS = {"sgd": ("momentum", "nesterov")}
+"""Fields of `config.optimizer` that go to some of these; others take `optimizer.kwargs`."""
+
+
 def build_optimizer(
     config: ConfigDict, hparams: HParams, schedule: optax.Schedule
 ) -> optax.GradientTransformation:
-    """Returns the optimizer, preceded by gradient clipping and weight decay.
+    """Builds the optimizer that `config.optimizer` names.
 
-    Weight decay is added to the gradient for 'sgd', and decoupled from it for 'adam'.
+    It gets the schedule, `optimizer.kwargs`, and of `weight_decay`, `mask` (the parameters that
+    decay) and `gradient_clip_norm` what it takes. One that does not clip has clipping put in front.
 
     Args:
       config: run configuration; the numbers in `hparams` are not read from it.
@@ -55,16 +91,19 @@ def build_optimizer(
       schedule: learning rate by step.
     """
     options = config.optimizer
-    mask = None if options.decay_norm_params else decayed_params
-    transforms = []
-    if config.gradient_clip_norm:
-        transforms.append(optax.clip_by_global_norm(config.gradient_clip_norm))
-    if options.name == "adam":
-        transforms.append(optax.adamw(schedule, weight_decay=hparams.weight_decay, mask=mask))
-        return optax.chain(*transforms)
-    transforms.append(optax.add_decayed_weights(hparams.weight_decay, mask))
-    sgd = optax.sgd(schedule, momentum=options.momentum or None, nesterov=options.nesterov)
-    return optax.chain(*transforms, sgd)
+    factory = named(options.name, OPTIMIZERS, "optimizer.name")
+    shared = {
+        "weight_decay": hparams.weight_decay,
+        "mask": None if options.decay_norm_params else decayed_params,
+        "gradient_clip_norm": config.gradient_clip_norm,
+    }
+    given = only_accepted(factory, shared)
+    own = {name: options[name] for name in OWN_FIELDS.get(options.name, ())}
+    tx = factory(schedule, **given | own | kwargs_of(options))
+    if "gradient_clip_norm" in given:
+        return tx
+    clipping = _clipping(config.gradient_clip_norm)
+    return optax.chain(*clipping, tx) if clipping else tx
 
 
 def decayed_params(params: Any) -> Any:

@@ -31,12 +31,12 @@ from mbn_jax.step.state import TrainState
 from mbn_jax.training.program import Program
 from mbn_jax.training.steps import (
     BatchStack,
-    EvalTotals,
     Metrics,
     eval_step,
     moments_step,
     replace_statistics,
 )
+from mbn_jax.training.task import EvalTotals
 
 PyTree = Any
 
@@ -127,19 +127,25 @@ def evaluate(
     Statistics that devices keep for themselves are pooled first. The default is the test split.
 
     Returns:
-      'loss', the mean cross-entropy, and 'error', the share of wrong predictions.
+      The metrics of the run's loss; of 'cross_entropy' these are 'loss', the mean cross-entropy,
+      and 'error', the share of wrong predictions. A ratio of 0 to 0 is NaN.
     """
-    split = split or program.task.test
+    task = program.task
+    split = split or task.test
     step = program.compiled(eval_step)
     batch_stats = shared_batch_stats(program, state)
     hparams = program.hparams(config)
     data = program.data(split)
     # Every batch adds to the totals of the one before, so that batches do not pile up.
-    totals = replicate(EvalTotals(np.float32(0), np.int32(0), np.int32(0)), program.devices)
+    zeros = {name: tuple(np.zeros((), d) for d in pair) for name, pair in task.metrics.items()}
+    totals: EvalTotals = replicate(zeros, program.devices)
     for batch in _eval_batches(program, split, config.eval_batch_size):
         totals = step(totals, hparams, state.params, batch_stats, data, batch)
-    loss, wrong, count = (float(total[0]) for total in jax.device_get(totals))
-    return {"loss": loss / count, "error": wrong / count}
+    values = {"loss": math.nan}  # First, in what people read.
+    for name, pair in first_device(jax.device_get(totals)).items():
+        numerator, denominator = map(float, pair)
+        values[name] = numerator / denominator if denominator else math.nan
+    return values
 
 
 def shared_batch_stats(program: Program, state: TrainState) -> PyTree:

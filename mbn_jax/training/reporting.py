@@ -170,15 +170,15 @@ class Reporter:
         return self._digest.hexdigest()
 
     def progress(self, step: int, values: Mapping[str, float]) -> None:
-        """Shows step, loss, error, images/s and the time left."""
+        """Shows step, loss and metrics, images/s and the time left."""
         if self._silent or self._on_record:
             return
         done = step - self._first_step
         left = (time.monotonic() - self._begin) / max(done, 1) * (self._total_steps - step)
+        metrics = "  ".join(f"{name} {shown(name, x)}" for name, x in of_split("train", values))
         line = (
-            f"step {step}/{self._total_steps}  loss {values['train_loss']:.4f}  "
-            f"error {values['train_error']:.2%}  {values['images_per_second']:,.0f} images/s  "
-            f"{left:.0f} s left"
+            f"step {step}/{self._total_steps}  {metrics}  "
+            f"{values['images_per_second']:,.0f} images/s  {left:.0f} s left"
         )
         if self._is_terminal:
             line = line[: _columns() - 1]  # A line that wraps would not be overwritten.
@@ -204,6 +204,34 @@ class Reporter:
             self._files.close()
 
 
+def of_split(split: str, values: Mapping[str, float]) -> list[tuple[str, float]]:
+    """Returns names and values of the metrics of 'train' or 'test' in a record, the loss first.
+
+    >>> of_split('test', {'step': 3, 'test_error': 0.25, 'test_loss': 1.5})
+    [('loss', 1.5), ('error', 0.25)]
+    """
+    names = [name for name in values if name.startswith(f"{split}_")]
+    names.sort(key=lambda name: name != f"{split}_loss")
+    return [(name.removeprefix(f"{split}_"), values[name]) for name in names]
+
+
+def shown(name: str, value: float) -> str:
+    """Returns a metric for people; errors in percent.
+
+    >>> shown('error', 0.25), shown('iou', 0.25)
+    ('25.00%', '0.2500')
+    """
+    return f"{value:.2%}" if name == "error" else f"{value:.4f}"
+
+
+def selection_metric(values: Mapping[str, float]) -> float | None:
+    """Returns what checkpoints and members of a sweep are compared by: the less, the better.
+
+    That is 'test_error', or 'test_loss' where the loss measures no 'error'; None without either.
+    """
+    return values.get("test_error", values.get("test_loss"))
+
+
 def _columns() -> int:
     """Returns the width of the terminal that standard error is."""
     try:
@@ -213,7 +241,7 @@ def _columns() -> int:
 
 
 def draw_curves(workdir: pathlib.Path, title: str) -> None:
-    """Draws loss and error of training and test over the steps into `curves.png`.
+    """Draws loss and metrics of training and test over the steps into `curves.png`.
 
     Without a record there is nothing to draw, and no file.
     """
@@ -225,10 +253,16 @@ def draw_curves(workdir: pathlib.Path, title: str) -> None:
     records = read_metrics(workdir)
     if not records:
         return
-    figure, panels = plt.subplots(1, 2, figsize=(9, 3.6), layout="constrained")
-    for panel, metric, scale, label in zip(
-        panels, ("loss", "error"), (1, 100), ("loss", "error (%)"), strict=True
-    ):
+    found = {
+        name for record in records for s in ("train", "test") for name, _ in of_split(s, record)
+    }
+    metrics = sorted(found, key=lambda name: (name != "loss", name))
+    size = (4.5 * len(metrics), 3.6)
+    figure, panels = plt.subplots(
+        1, len(metrics), figsize=size, layout="constrained", squeeze=False
+    )
+    for panel, metric in zip(panels[0], metrics, strict=True):
+        scale, label = (100, "error (%)") if metric == "error" else (1, metric)
         for split, style in (("train", {"alpha": 0.6}), ("test", {"marker": "o", "markersize": 3})):
             points = [
                 (r["step"], r[f"{split}_{metric}"]) for r in records if f"{split}_{metric}" in r

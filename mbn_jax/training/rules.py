@@ -1,5 +1,7 @@
 """The checks of a configuration, before anything compiles."""
 
+import difflib
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -7,14 +9,16 @@ from ml_collections import ConfigDict
 
 from mbn_jax.core.double_forward import SecondForward
 from mbn_jax.errors import UserError
+from mbn_jax.names import accepted, import_from, is_import_path, named, takes
 from mbn_jax.training.config import (
     FIELDS,
-    default_config,
+    NAMED,
     field_value,
     fields,
     steps_per_epoch,
     total_steps,
 )
+from mbn_jax.training.config_files import is_in_kwargs
 from mbn_jax.training.norms import has_memory_schedule, is_endless, synced_devices
 
 
@@ -46,6 +50,11 @@ def _multiple_of_dispatch(name: str) -> RuleBetweenFields:
     )
 
 
+def _may_be_memory(config: ConfigDict) -> bool:
+    # The step itself refuses a user's own norm that has no memory.
+    return config.norm.name == "memorized" or is_import_path(config.norm.name)
+
+
 RULES_BETWEEN_FIELDS = (
     RuleBetweenFields(
         lambda c: is_endless(c) or c.norm.memory_schedule.start_size <= c.norm.memory_size,
@@ -75,14 +84,13 @@ RULES_BETWEEN_FIELDS = (
         "d_end={c.norm.batch_renorm.d_end}, got {c.norm.batch_renorm.begin}.",
     ),
     RuleBetweenFields(
-        lambda c: c.double_forward != "transport" or c.norm.name == "memorized",
+        lambda c: c.double_forward != "transport" or _may_be_memory(c),
         "double_forward='transport' moves memories and needs norm.name of memorized, got "
         "{c.norm.name!r}; others take 'rewrite'.",
     ),
     RuleBetweenFields(
         lambda c: (
-            c.double_forward_fraction == 1
-            or (c.norm.name == "memorized" and not c.norm.virtual_batch_size)
+            c.double_forward_fraction == 1 or (_may_be_memory(c) and not c.norm.virtual_batch_size)
         ),
         "double_forward_fraction={c.double_forward_fraction} needs norm.name of memorized without "
         "norm.virtual_batch_size, got {c.norm.name!r} and {c.norm.virtual_batch_size}.",
@@ -124,7 +132,8 @@ def validate(config: ConfigDict) -> None:
     Raises:
       UserError: naming the first field that is impossible, its value and what it may be.
     """
-    differing = sorted(set(fields(config)) ^ set(fields(default_config())))
+    given = {name for name in fields(config) if not is_in_kwargs(name)}
+    differing = sorted(given ^ set(FIELDS))
     if differing:
         raise UserError(
             f"The config must have the fields of mbn_jax.training.config.default_config(), and "
@@ -139,6 +148,57 @@ def validate(config: ConfigDict) -> None:
         _second_forward(config)
     except ValueError as error:
         raise UserError(str(error)) from error
+    _check_named(config)
+    _check_weight_decay(config)
+
+
+def import_from_config(config: ConfigDict) -> None:
+    """Lets import paths of a config name modules in its `import_dir` and the current folder."""
+    if any(is_import_path(config[group].name) for group in NAMED):
+        import_from(*filter(None, [config.import_dir]), os.getcwd())
+
+
+def _check_named(config: ConfigDict) -> None:
+    """Imports what the config names, and checks its kwargs; raises UserError."""
+    import_from_config(config)
+    for group, short in NAMED.items():
+        field, name = f"{group}.name", config[group].name
+        found = None
+        if group != "dataset" or is_import_path(name):  # Else TFDS looks for it.
+            found = named(name, short, field)
+        if found is not None and not callable(found):
+            raise UserError(
+                f"{field}={name!r} must be a class or function, got {type(found).__name__}."
+            )
+        for key, value in config[group].kwargs.items():
+            _check_kwarg(f"{group}.kwargs.{key}", value)
+        unknown = [key for key in config[group].kwargs if found and not takes(found, key)]
+        if found and unknown:
+            close = difflib.get_close_matches(unknown[0], sorted(accepted(found)), n=1)
+            hint = f" Did you mean {close[0]!r}?" if close else ""
+            raise UserError(f"{field}={name!r} has no argument {unknown[0]!r}.{hint}")
+
+
+def _check_weight_decay(config: ConfigDict) -> None:
+    """Raises UserError where weight decay is asked of an optimizer that has none."""
+    options = config.optimizer
+    factory = named(options.name, NAMED["optimizer"], "optimizer.name")
+    if options.weight_decay and "weight_decay" not in accepted(factory):
+        raise UserError(
+            f"optimizer.weight_decay={options.weight_decay} needs an optimizer with the argument "
+            f"weight_decay, and {options.name!r} has none; set it to 0."
+        )
+
+
+def _check_kwarg(field: str, value: Any) -> None:
+    if isinstance(value, list | tuple):
+        for item in value:
+            _check_kwarg(field, item)
+    elif not isinstance(value, str | bool | int | float | None):
+        raise UserError(
+            f"{field} must be a number, a text, a boolean, None or a list of these, so that "
+            f"config.json can hold it, got {type(value).__name__}."
+        )
 
 
 def validate_devices(config: ConfigDict, num_devices: int) -> None:

@@ -13,10 +13,15 @@ from mbn_jax.parallel.devices import AXIS_NAME, first_device
 from mbn_jax.statistics.recalibration import record_norm_inputs
 from mbn_jax.step.state import TrainState
 from mbn_jax.training.hparams import HParams
-from mbn_jax.training.norms import LAYERS
 from mbn_jax.training.passes import input_moments, shared_batch_stats
 from mbn_jax.training.program import Program
-from mbn_jax.training.steps import BatchStack, build_train_step, layer_statistics, next_batch
+from mbn_jax.training.steps import (
+    BatchStack,
+    build_train_step,
+    layer_statistics,
+    next_batch,
+    training_apply,
+)
 from mbn_jax.training.task import Task
 
 PyTree = Any
@@ -86,14 +91,11 @@ def shift_step(
 
     def inputs(params: PyTree, **collections: PyTree) -> tuple[dict[str, Moments], PyTree]:
         variables = {"params": params, "batch_stats": state.batch_stats, **collections}
-        with record_norm_inputs(LAYERS, config.shift.layers, axis_name=axis_name) as recorded:
-            _, updates = task.model(hparams, remat=False).apply(
-                variables,
-                batch.image,
-                train=True,
-                mutable=["batch_stats", BATCH_MOMENTS],
-                rngs={"dropout": state.key},  # The same draws before and after the update.
-            )
+        # The same draws before and after the update.
+        apply = training_apply(task, hparams, variables, state.key)
+        layers = task.norm_layers
+        with record_norm_inputs(layers, config.shift.layers, axis_name=axis_name) as recorded:
+            _, (_, updates) = task.loss(apply, batch)
         return recorded, updates.get(BATCH_MOMENTS, {})
 
     before, first = inputs(state.params)

@@ -9,12 +9,12 @@ all devices, with the named axis `AXIS_NAME`. Their common arguments are:
 * stack, batch: this device's part of the batches
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
 from mbn_jax.core.batch_stats import inference_statistics, layers_with_statistics
 from mbn_jax.core.moments import Moments
@@ -28,11 +28,12 @@ from mbn_jax.statistics.recalibration import (
     recalibrated,
     record_norm_inputs,
 )
+from mbn_jax.step.forward import BoundApply
 from mbn_jax.step.state import TrainState
 from mbn_jax.step.train_step import make_train_step
 from mbn_jax.training.hparams import HParams
-from mbn_jax.training.norms import LAYERS
-from mbn_jax.training.task import Task
+from mbn_jax.training.losses import masked_sums
+from mbn_jax.training.task import EvalTotals, Task
 
 PyTree = Any
 Metrics = dict[str, jax.Array]
@@ -51,20 +52,6 @@ class BatchStack(NamedTuple):
     batches: Any
 
 
-class EvalTotals(NamedTuple):
-    """Sums over the examples that were evaluated.
-
-    Attributes:
-      loss: float32 scalar, sum of cross-entropies.
-      wrong: int32 scalar, number of wrong predictions.
-      count: int32 scalar, number of examples.
-    """
-
-    loss: Any
-    wrong: Any
-    count: Any
-
-
 class _Keys(NamedTuple):
     init: jax.Array
     run: jax.Array
@@ -78,8 +65,7 @@ def _random_keys(hparams: HParams) -> _Keys:
 def init_state(task: Task, hparams: HParams) -> TrainState:
     """Returns the state before the first step, a function of the seed alone."""
     keys = _random_keys(hparams)
-    images = jnp.zeros((1, *task.train.image_shape), jnp.float32)
-    variables = task.model(hparams).init(keys.init, images, train=False)
+    variables, _ = task.init_variables(task.model(hparams), keys.init)
     return TrainState.create(variables, task.optimizer(hparams), keys.run)
 
 
@@ -118,7 +104,7 @@ def build_train_step(
     return make_train_step(
         task.model(hparams).apply,
         task.optimizer(hparams),
-        classification_loss,
+        task.loss,
         double_forward=task.config.double_forward,
         double_forward_fraction=task.config.double_forward_fraction,
         axis_name=AXIS_NAME,
@@ -126,12 +112,10 @@ def build_train_step(
     )
 
 
-def classification_loss(apply: Callable, batch: Examples):
-    """Returns mean cross-entropy, {'error': share of wrong predictions} and the updates."""
-    logits, updates = apply(batch.image, train=True)
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, batch.label)
-    error = jnp.mean(logits.argmax(-1) != batch.label)
-    return loss.mean(), ({"error": error}, updates)
+def training_apply(task: Task, hparams: HParams, variables: PyTree, key: jax.Array) -> BoundApply:
+    """Returns the network bound as the training step does it, its layers open to interception."""
+    model = task.model(hparams, remat=False)
+    return BoundApply(model.apply, variables, (), {"dropout": key}, records=True)
 
 
 def next_batch(
@@ -146,13 +130,15 @@ def next_batch(
 def _augmented(task: Task, hparams: HParams, batch: Examples, step: jax.Array) -> Examples:
     """Standardizes and augments a batch; its random draws are functions of seed and `step`."""
     options = task.config.dataset
-    size = batch.label.shape[0]
+    size = jax.tree.leaves(batch)[0].shape[0]
     # Positions in the global batch, so that the draws do not depend on the number of devices.
     positions = jax.lax.axis_index(AXIS_NAME) * size + jnp.arange(size)
     keys = example_keys(_random_keys(hparams).augmentation, step, positions)
-    images = task.standardized(batch.image)
-    images = augment(images, keys, crop_padding=options.crop_padding, flip=options.flip)
-    return Examples(images, batch.label)
+    batch = task.prepared(batch)
+    if not (options.crop_padding or options.flip):
+        return batch
+    images = augment(batch["image"], keys, crop_padding=options.crop_padding, flip=options.flip)
+    return {**batch, "image": images}
 
 
 def eval_step(
@@ -167,14 +153,9 @@ def eval_step(
     """Adds the results of a batch, over all devices, to the totals of earlier batches."""
     examples = look_up(data, batch.examples)
     variables = {"params": params, "batch_stats": batch_stats}
-    images = task.standardized(examples.image)
-    logits = jnp.asarray(task.model(hparams).apply(variables, images, train=False))
-    loss = optax.softmax_cross_entropy_with_integer_labels(logits, examples.label)
-    sums = EvalTotals(
-        loss=jnp.sum(jnp.where(batch.mask, loss, 0)),
-        wrong=jnp.sum((logits.argmax(-1) != examples.label) & batch.mask),
-        count=jnp.sum(batch.mask),
-    )
+    apply = functools.partial(task.model(hparams).apply, variables)
+    found = task.loss.eval_metrics(apply, task.prepared(examples))
+    sums = masked_sums(found, batch.mask)
     return jax.tree.map(jnp.add, totals, jax.lax.psum(sums, AXIS_NAME))
 
 
@@ -201,18 +182,23 @@ def moments_step(
     Returns:
       Moments by layer, over all devices and batches so far.
     """
-    images = _augmented(task, hparams, look_up(data, batch.examples), number).image
+    examples = _augmented(task, hparams, look_up(data, batch.examples), number)
     variables = {"params": params, "batch_stats": batch_stats}
     with record_norm_inputs(
-        LAYERS_WITH_STATISTICS if recalibrate else LAYERS,
+        LAYERS_WITH_STATISTICS if recalibrate else task.norm_layers,
         "" if recalibrate else task.config.shift.layers,
         mask=batch.mask,
         axis_name=AXIS_NAME,
         normalize_by_them=recalibrate,
     ) as recorded:
-        mutable = ["batch_stats"] if recalibrate else False
         model = task.model(hparams, remat=False)
-        model.apply(variables, images, train=False, mutable=mutable)
+
+        def apply(*args: Any, **kwargs: Any) -> Any:
+            if not recalibrate:
+                return model.apply(variables, *args, **kwargs)
+            return model.apply(variables, *args, mutable=["batch_stats"], **kwargs)[0]
+
+        task.loss.eval_metrics(apply, examples)
     return add_moments(totals, recorded)
 
 

@@ -4,7 +4,9 @@ import argparse
 import contextlib
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+
+from ml_collections import ConfigDict
 
 from mbn_jax.command_line import add_config_fields, command_parser, folder, parse_with_fields
 from mbn_jax.errors import ExitStatus, UserError
@@ -59,27 +61,49 @@ def train_command(argv: Sequence[str]) -> int:
     from mbn_jax.training.divergence import DivergenceError
     from mbn_jax.training.loop import run_title, train
 
+    if jax.process_index() == 0:
+        print(f"mbn-train: {_settings(config)}", file=sys.stderr)
     try:
         with _only_writer(workdir), stop_on_sigterm() as stop_asked:
             values = train(config, workdir, stop_asked=stop_asked)
     except DivergenceError as error:
         print(f"mbn-train: {error}", file=sys.stderr)
         return ExitStatus.DIVERGED
-    if "test_error" not in values:
+    if "test_loss" not in values:
         raise UserError(
             f"{args.workdir} is a finished run without its metrics.jsonl; evaluate it with "
             f"mbn-eval --workdir={args.workdir}"
         )
     if jax.process_index() == 0:
-        recalibrated = ""
-        if "recalibrated_test_error" in values:
-            recalibrated = f" ({values['recalibrated_test_error']:.2%} recalibrated)"
         print(
-            f"{run_title(config)}: test error {values['test_error']:.2%}{recalibrated}, test loss "
-            f"{values['test_loss']:.4f} after {values['step']} steps; see "
+            f"{run_title(config)}: {_results(values)} after {values['step']} steps; see "
             f"{args.workdir}/curves.png"
         )
     return ExitStatus.DONE
+
+
+def _settings(config: ConfigDict) -> str:
+    """Returns in words which preset runs."""
+    from mbn_jax.training.loop import norm_title
+    from mbn_jax.training.presets import PRESETS, preset_of
+
+    preset = preset_of(config)
+    name = f"preset {preset}" if preset else f"no preset ({' or '.join(PRESETS)})"
+    return f"{name}: {norm_title(config)}"
+
+
+def _results(values: Mapping[str, float]) -> str:
+    """Returns the metrics of the test split in words, the loss last."""
+    from mbn_jax.training.reporting import of_split, shown
+
+    told = []
+    for name, value in of_split("test", values):
+        text = f"test {name} {shown(name, value)}"
+        recalibrated = values.get(f"recalibrated_test_{name}")
+        if recalibrated is not None and name != "loss":
+            text += f" ({shown(name, recalibrated)} recalibrated)"
+        told.append(text)
+    return ", ".join([*told[1:], told[0]])
 
 
 @contextlib.contextmanager
@@ -110,7 +134,8 @@ def _parser() -> argparse.ArgumentParser:
       --config.double_forward=off
   mbn-train --config={CONFIG} --workdir=runs/k8 --config.norm.memory_size=8
 
-Every field of mbn_jax/training/config.py can be set with --config.FIELD=VALUE. In the workdir:
+Every field of mbn_jax/training/config.py can be set with --config.FIELD=VALUE, and several at once
+with --config.preset=paper or --config.preset=recommended. In the workdir:
 config.json, metrics.jsonl (one record a line), TensorBoard events, checkpoints/ and curves.png.
 Exit status:
 {statuses}""",

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from mbn_jax.errors import UserError
 from mbn_jax.training.compatibility import check_may_resume, without_removed_fields
 from mbn_jax.training.config import default_config, fields, flattened
+from mbn_jax.training.config_files import is_in_kwargs
 
 CONFIG = "config.json"
 CHECKPOINTS = "checkpoints"
@@ -111,7 +112,7 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
     except (ValueError, AttributeError) as error:
         raise UserError(f"{path} is damaged: {error}.") from error
     config = default_config()
-    unknown = sorted(set(stored) - set(fields(config)))
+    unknown = sorted(n for n in set(stored) - set(fields(config)) if not is_in_kwargs(n))
     if unknown:
         raise UserError(f"{path} is damaged: it has the unknown fields {', '.join(unknown)}.")
     with config.ignore_type():  # JSON has lists for tuples.

@@ -55,11 +55,11 @@ def indices(split, *, first_step=0, num_steps=30, **options):
 def test_digits_are_the_real_ones_each_in_one_split(data_dir, train):
     test = load_split("digits", "test", data_dir=data_dir)
     assert (len(train), len(test)) == (1437, 360)
-    assert (train.image_shape, train.num_classes) == ((8, 8, 1), 10)
+    assert (train.spec["image"].shape, train.num_classes) == ((8, 8, 1), 10)
     found = {
         (image.tobytes(), int(label))
         for split in (train, test)
-        for image, label in zip(split.in_memory.image, split.in_memory.label, strict=True)
+        for image, label in zip(split.in_memory["image"], split.in_memory["label"], strict=True)
     }
     digits = load_digits()
     stored = np.round(digits.images * (255 / 16)).astype(np.uint8)
@@ -70,7 +70,7 @@ def test_digits_are_the_real_ones_each_in_one_split(data_dir, train):
 def test_slices_of_splits(data_dir, train):
     part = load_split("digits", "train[10%:20%]", data_dir=data_dir)
     assert len(part) == 143
-    assert (part.in_memory.image == train.in_memory.image[144:287]).all()
+    assert (part.in_memory["image"] == train.in_memory["image"][144:287]).all()
 
 
 def test_an_order_draws_each_epoch_once_and_is_forgotten_with_its_run(train, monkeypatch):
@@ -97,7 +97,7 @@ def test_every_epoch_sees_every_example_once_in_an_order_of_its_own(train):
 @pytest.mark.parametrize("classes", [1, 2, 5])
 def test_batches_of_few_classes(train, classes):
     order = indices(train, batch_size=20, classes_per_batch=classes, num_steps=60)
-    seen = [len(set(train.in_memory.label[batch])) for batch in order]
+    seen = [len(set(train.in_memory["label"][batch])) for batch in order]
     assert max(seen) == classes
     # An epoch has some 65 such batches; no example comes twice in it.
     assert len(set(order.flat)) == order.size
@@ -113,11 +113,11 @@ def test_batches_of_few_classes_need_enough_examples(data_dir, train):
 
 def test_a_split_on_disk_has_batches_of_few_classes_too(data_dir, train):
     on_disk = load_split("digits", "train", data_dir=data_dir, max_bytes_in_memory=0)
-    assert (on_disk.read_labels() == train.in_memory.label).all()
+    assert (on_disk.read_labels() == train.in_memory["label"]).all()
     options = {"classes_per_batch": 2, "num_steps": 4, "first_step": 0, "steps_per_stack": 4}
     decoded, looked_up = (stacks(split, **options) for split in (on_disk, train))
-    assert (decoded[0].label == train.in_memory.label[looked_up[0]]).all()
-    assert {len(set(labels)) for labels in decoded[0].label} <= {1, 2}
+    assert (decoded[0]["label"] == train.in_memory["label"][looked_up[0]]).all()
+    assert {len(set(labels)) for labels in decoded[0]["label"]} <= {1, 2}
 
 
 def test_order_depends_on_seed_and_resumes_at_any_step(train):
@@ -140,12 +140,12 @@ def test_a_split_on_disk_gives_the_same_batches_as_one_in_memory(data_dir, train
     assert on_disk.in_memory is None
     options = {"seed": 3, "batch_size": 4, "first_step": 2, "num_steps": 7, "steps_per_stack": 2}
     decoded, looked_up = (stacks(s, **options) for s in (on_disk, train))
-    assert [len(stack.label) for stack in decoded] == [2, 2, 1]
+    assert [len(stack["label"]) for stack in decoded] == [2, 2, 1]
     for a, b in zip(decoded, looked_up, strict=True):
         b = look_up(train.in_memory, b)
-        steps = len(a.label)
-        assert (a.image == b.image[:steps]).all()
-        assert (a.label == b.label[:steps]).all()
+        steps = len(a["label"])
+        assert (a["image"] == b["image"][:steps]).all()
+        assert (a["label"] == b["label"][:steps]).all()
     assert np.allclose(pixel_statistics(on_disk), pixel_statistics(train), atol=0)
 
 
@@ -198,7 +198,7 @@ def pictures(tmp_path_factory):
 
 def boxes(batch):
     """Returns left, right, upper and lower of what was cropped, in pixels, about."""
-    image = batch.image.astype(float) / 3
+    image = batch["image"].astype(float) / 3
     ends = (image[..., 8, 0, 0], image[..., 8, -1, 0], image[..., 0, 8, 1], image[..., -1, 8, 1])
     return np.stack(ends, -1)
 
@@ -208,13 +208,13 @@ def test_random_resized_crops_are_drawn_by_seed_step_and_position(pictures):
         "pictures", "train", data_dir=pictures, image_size=16, random_resized_crop=True
     )
     assert split.in_memory is None
-    assert split.image_shape == (16, 16, 3)
+    assert split.spec["image"].shape == (16, 16, 3)
     options = {"batch_size": 20, "num_steps": 20, "first_step": 0, "steps_per_stack": 4}
     runs = [stacks(split, **options) for _ in range(2)]
     for stack, again in zip(*runs, strict=True):
-        assert (stack.image == again.image).all()
+        assert (stack["image"] == again["image"]).all()
     drawn = np.concatenate([boxes(stack) for stack in runs[0]]).reshape(-1, 4)
-    which = np.concatenate([stack.image[..., 8, 8, 2] for stack in runs[0]]).reshape(-1)
+    which = np.concatenate([stack["image"][..., 8, 8, 2] for stack in runs[0]]).reshape(-1)
     left, right, upper, lower = drawn.T
     area = (right - left) * (lower - upper) / ((30.0 + which) * (69.0 - which))
     # 8 to 100 % of the image, from pixel centre to pixel centre of what it was resized to.
@@ -223,10 +223,10 @@ def test_random_resized_crops_are_drawn_by_seed_step_and_position(pictures):
     # Each image comes ten times, never cropped alike.
     assert len(np.unique(drawn.round(2), axis=0)) > 390
     later = stacks(split, **{**options, "first_step": 12})
-    assert (later[0].image == runs[0][3].image).all()
+    assert (later[0]["image"] == runs[0][3]["image"]).all()
     hosts = [stacks(split, **options, process_index=i, process_count=2) for i in range(2)]
-    whole = np.concatenate([host[0].image for host in hosts], axis=1)
-    assert (whole == runs[0][0].image).all()
+    whole = np.concatenate([host[0]["image"] for host in hosts], axis=1)
+    assert (whole == runs[0][0]["image"]).all()
 
 
 def test_worker_processes_decode_the_same(pictures):
@@ -235,10 +235,10 @@ def test_worker_processes_decode_the_same(pictures):
     )
     options = {"batch_size": 4, "num_steps": 6, "first_step": 1, "steps_per_stack": 2}
     plain, by_workers = (stacks(split, **options, num_workers=n) for n in (0, 2))
-    assert [len(stack.label) for stack in by_workers] == [2, 2, 1]
+    assert [len(stack["label"]) for stack in by_workers] == [2, 2, 1]
     for a, b in zip(plain, by_workers, strict=True):
-        assert (a.image == b.image).all()
-        assert (a.label == b.label).all()
+        assert (a["image"] == b["image"]).all()
+        assert (a["label"] == b["label"]).all()
 
 
 def test_evaluation_sees_the_centre(pictures):
@@ -246,18 +246,18 @@ def test_evaluation_sees_the_centre(pictures):
         "pictures", "train", data_dir=pictures, image_size=16, random_resized_crop=True
     )
     batch = next(evaluation_batches(split, 40)).examples
-    which = batch.image[:, 8, 8, 2].astype(float)
+    which = batch["image"][:, 8, 8, 2].astype(float)
     sides = np.minimum(30 + which, 69 - which) * 7 / 8
     seeded = next(evaluation_batches(split, 40, crop_seed=0)).examples
-    assert (seeded.label == batch.label).all()
-    assert (seeded.image != batch.image).any()
+    assert (seeded["label"] == batch["label"]).all()
+    assert (seeded["image"] != batch["image"]).any()
     left, right, upper, lower = boxes(batch).T
     # Half a pixel of the result is side / 32 pixels of the image, on each side.
     np.testing.assert_allclose(right - left, sides * 15 / 16, atol=0.7)
     np.testing.assert_allclose(lower - upper, sides * 15 / 16, atol=0.7)
     np.testing.assert_allclose((left + right + 1) / 2, (30 + which) / 2, atol=0.7)
     squashed = load_split("pictures", "train", data_dir=pictures, image_size=16)
-    assert squashed.in_memory.image.shape == (40, 16, 16, 3)
+    assert squashed.in_memory["image"].shape == (40, 16, 16, 3)
 
 
 def test_the_table_of_standard_sets_has_fields_of_the_config():
@@ -287,11 +287,11 @@ def test_evaluation_on_a_few_is_on_some_of_everywhere(train):
 
 def test_images_are_resized_on_request(data_dir, train):
     large = load_split("digits", "test[:5]", data_dir=data_dir, image_size=16)
-    assert large.in_memory.image.shape == (5, 16, 16, 1)
+    assert large.in_memory["image"].shape == (5, 16, 16, 1)
 
 
 def test_standardized_pixels_have_mean_0_and_variance_1(train):
-    images = standardize(jnp.asarray(train.in_memory.image), *pixel_statistics(train))
+    images = standardize(jnp.asarray(train.in_memory["image"]), *pixel_statistics(train))
     # Float32 sums over 92,000 pixels.
     assert abs(float(images.mean())) < 1e-4
     assert abs(float(images.std()) - 1) < 1e-4
@@ -313,7 +313,7 @@ def test_augmentation_shifts_and_mirrors():
 
 
 def test_augmentation_depends_on_step_and_position_alone(train):
-    images = standardize(jnp.asarray(train.in_memory.image[:8]), *pixel_statistics(train))
+    images = standardize(jnp.asarray(train.in_memory["image"][:8]), *pixel_statistics(train))
     key = jax.random.key(5)
 
     def augmented(positions, step=3):
@@ -429,9 +429,9 @@ def test_pixels_of_float32_are_kept_and_must_be_finite(tmp_path, monkeypatch):
     options = {"labels": [0, 1, 2, 3], "shape": (8, 8, 1), "dtype": np.float32}
     folder = prepare(tmp_path, "floats", [png(x) for x in found], **options)
     split = load_split("floats", "train", data_dir=folder)
-    assert split.in_memory.image.dtype == np.float32
-    assert (np.sort(split.in_memory.image.ravel()) == found.ravel()).all()
-    images = standardize(jnp.asarray(split.in_memory.image), *pixel_statistics(split))
+    assert split.in_memory["image"].dtype == np.float32
+    assert (np.sort(split.in_memory["image"].ravel()) == found.ravel()).all()
+    images = standardize(jnp.asarray(split.in_memory["image"]), *pixel_statistics(split))
     assert abs(float(images.std()) - 1) < 1e-5
     assert (
         load_split("floats", "train", data_dir=folder, max_bytes_in_memory=1023).in_memory is None

@@ -6,6 +6,8 @@ import pytest
 
 from mbn_jax.errors import UserError
 from mbn_jax.training.config_files import call_in_file, parse_config
+from mbn_jax.training.presets import PRESETS, preset_of
+from mbn_jax.training.rules import validate
 
 RETURNS = "from ml_collections import ConfigDict\ndef get_config({}):\n  return ConfigDict({})\n"
 
@@ -26,6 +28,27 @@ def test_a_config_file_may_take_an_argument(tmp_path, monkeypatch):
         parse_config(f"{tmp_path}/none.py:resnet20")
     monkeypatch.setenv("HOME", str(tmp_path))
     assert parse_config("~/takes.py:x").text == "x"
+
+
+def test_a_preset_sets_several_fields_and_others_override_it(tmp_path):
+    (tmp_path / "config.py").write_text(
+        "from mbn_jax.training.config import default_config as get_config\n"
+    )
+    path = f"{tmp_path}/config.py"
+    for name, fields in PRESETS.items():
+        config = parse_config(path, ["--config.seed=1", f"--config.preset={name}"])
+        validate(config)
+        assert preset_of(config) == name
+        config.update_from_flattened_dict(dict(fields))
+        assert config == parse_config(path, [f"--config.preset={name}", "--config.seed=1"])
+    both = ["--config.norm.memory_size=4", "--config.preset=paper"]
+    config = parse_config(path, both)
+    assert (config.norm.memory_size, config.norm.decay, preset_of(config)) == (4, 1.0, None)
+    assert preset_of(parse_config(path)) is None
+    with pytest.raises(UserError, match="preset must be one of paper, recommended, got 'papers'"):
+        parse_config(path, ["--config.preset=papers"])
+    with pytest.raises(UserError, match="give the preset as"):
+        parse_config(path, ["--config.preset", "paper"])
 
 
 def write(path, text):

@@ -102,9 +102,9 @@ def test_evaluation_is_exact(config, tmp_path):
     task = Task.build(config)
     state = jax.tree.map(lambda x: x[0], final_state(config, tmp_path))
     variables = {"params": state.params, "batch_stats": state.batch_stats}
-    images = task.standardized(jnp.asarray(task.test.in_memory.image))
+    images = task.standardized(jnp.asarray(task.test.in_memory["image"]))
     logits = task.model(HParams.from_config(config)).apply(variables, images, train=False)
-    wrong = int((logits.argmax(-1) != task.test.in_memory.label).sum())
+    wrong = int((logits.argmax(-1) != task.test.in_memory["label"]).sum())
     assert evaluate_run(tmp_path)["error"] == wrong / 100
 
 
@@ -387,7 +387,7 @@ def test_recalibration_is_by_the_moments_of_the_training_images(config, tmp_path
     moments = input_moments(
         program, config, replicate(state.params), replicate(state.batch_stats), 0, recalibrate=True
     )
-    images = program.task.standardized(jnp.asarray(program.task.train.in_memory.image))
+    images = program.task.standardized(jnp.asarray(program.task.train.in_memory["image"]))
     inputs = jax.lax.conv_general_dilated(
         images,
         state.params["Conv_0"]["kernel"],
@@ -451,7 +451,7 @@ def test_training_and_evaluation_share_no_example(
         return
     task = Task.build(config)
     # Examples are told apart by their pixels: all 1,797 digits differ.
-    digits = [{image.tobytes() for image in x.in_memory.image} for x in (task.train, task.test)]
+    digits = [{image.tobytes() for image in x.in_memory["image"]} for x in (task.train, task.test)]
     assert [len(found) for found in digits] == [len(task.train), len(task.test)]
     assert not digits[0] & digits[1]
 

@@ -53,7 +53,7 @@ def test_shift_of_the_first_layer_by_hand(config, count, norm):
     program, state, hparams, data, stack = after_steps(config, devices, 3)
     measured = measure_shift(program, config, state, stack)
     task = program.task
-    images = task.standardized(jnp.asarray(task.train.in_memory.image))
+    images = task.standardized(jnp.asarray(task.train.in_memory["image"]))
     batch = images[task.order(config.seed).steps(3, 4)[0]]
 
     def first_inputs(kernel):
@@ -117,7 +117,7 @@ def test_a_memory_of_the_whole_population_is_without_error(config, count):
     config.norm.memory_size = 3
     program, state, *_ = after_steps(config, jax.devices()[:count], 10)
     partial = measure_shift(program, config, state, None)
-    images = program.task.standardized(jnp.asarray(program.task.train.in_memory.image))
+    images = program.task.standardized(jnp.asarray(program.task.train.in_memory["image"]))
     kernel = state.params["Conv_0"]["kernel"][0]
     inputs = jax.lax.conv_general_dilated(
         images, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
