@@ -157,7 +157,7 @@ class ModelFunction:
     def _collections(self, model: nnx.Module) -> dict[str, dict[Names, Any]]:
         """Returns what the Variables of a model hold, but parameters and random streams."""
         fixed = nnx.Any(nnx.Param, self._wrt, nnx.RngState, lambda _, leaf: not _is_variable(leaf))
-        _, records, _, stats, others = nnx.split(model, BatchMoments, fixed, nnx.BatchStat, ...)
+        records, _, stats, others = nnx.state(model, BatchMoments, fixed, nnx.BatchStat, ...)
         found = {
             "batch_stats": values_of(stats),
             BATCH_MOMENTS: {
@@ -189,7 +189,7 @@ def _reseed(model: nnx.Module, rngs: Mapping[str, jax.Array]) -> None:
             f"The model has random streams ({', '.join(sorted(tags))}), and rng_names is empty: "
             "each step would draw the same numbers; name one."
         )
-    keys = dict(rngs)
+    keys: dict[str, Any] = dict(rngs)
     for tag in tags - set(keys):
         first = next(iter(rngs.values()))
         keys[tag] = jax.random.fold_in(first, zlib.crc32(tag.encode()))

@@ -9,7 +9,7 @@ from flax import nnx
 from jax import lax
 from jax.nn import initializers
 
-from mbn_jax.core.double_forward import RECORDS, current_forwards
+from mbn_jax.core.double_forward import RECORDS, USED, current_forwards
 from mbn_jax.core.layers import (
     EMPTY,
     check_memorized,
@@ -169,15 +169,11 @@ class MemorizedBatchNorm(NormLayer):
         if inference:
             mean, var, _ = rule.pooled(lax.stop_gradient(memory))
             return options.normalize(x, mean, var, **parameters)
-        records = getattr(self, RECORDS, None)
-        first = None
-        if hasattr(self, FIRST_RECORDS):
-            first = FirstForward(self.first_records.get_value(), len(records.get_value()))
+        first = self._first_forward()
         result = memorize(x, mask, memory, rule, options, self.gradient, current_forwards(), first)
-        if records is not None:
-            records.set_value((*records.get_value(), result.record))
-            if first is not None:
-                self.used.set_value((*self.used.get_value(), True))
+        self._record(RECORDS, result.record)
+        if first is not None:
+            self._record(USED, True)
         for name, value in zip(arrays, result.memory, strict=True):
             getattr(self, name).set_value(value)
         self.rule.set_value(numbers)
@@ -188,3 +184,16 @@ class MemorizedBatchNorm(NormLayer):
     def _rule(self, dtype: Any, *, inference: bool) -> tuple[Any, Array]:
         steps = self.steps.get_value() if hasattr(self, "steps") else None
         return rule_of_call(self, steps, dtype, inference=inference)
+
+    def _first_forward(self) -> FirstForward | None:
+        """Returns what the first forward of this step recorded for this call, if anything."""
+        if not hasattr(self, FIRST_RECORDS):
+            return None
+        records = getattr(self, FIRST_RECORDS).get_value()
+        return FirstForward(records, len(getattr(self, RECORDS).get_value()))
+
+    def _record(self, name: str, value: Any) -> None:
+        """Records something of this call, where a training step wants it."""
+        if hasattr(self, name):
+            variable = getattr(self, name)
+            variable.set_value((*variable.get_value(), value))

@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from mbn_jax.core.batch_stats import add_moments, recalibrated, with_moments
+from mbn_jax.core.double_forward import RECORDS
 from mbn_jax.core.moments import Array, Moments, pool_two
 from mbn_jax.core.normalization import input_moments
 from mbn_jax.nnx.batch_renorm import BatchRenorm
@@ -50,8 +51,8 @@ def recalibrate(
     copy.eval()
     for _, layer in nnx.iter_modules(copy):
         if isinstance(layer, LAYERS_WITH_STATISTICS):
-            layer.__class__ = _recording(type(layer))
-            layer.records = BatchMoments(())
+            layer.__class__ = _recording(type(layer))  # type: ignore[assignment]
+            setattr(layer, RECORDS, BatchMoments(()))
     graphdef, variables = nnx.split(copy)
 
     @jax.jit
@@ -86,14 +87,11 @@ def _recording(layer_type: type[nnx.Module]) -> type[nnx.Module]:
     class Recording(layer_type):  # type: ignore[misc, valid-type]
         def __call__(self, x: Array, *args: Any, mask: Array | None = None, **kwargs: Any) -> Any:
             moments = input_moments(x, self.axis, mask=mask)
-            stats = values_of(nnx.state(self, nnx.Not(BatchMoments)))
-            stats = {
-                name: value
-                for (name,), value in stats.items()
-                if isinstance(getattr(self, name), nnx.BatchStat)
-            }
+            kept = nnx.All(nnx.BatchStat, nnx.Not(BatchMoments))
+            stats = {name: value for (name,), value in values_of(nnx.state(self, kept)).items()}
             write(self, {(name,): value for name, value in with_moments(stats, moments).items()})
-            self.records.set_value((*self.records.get_value(), moments))
+            records = getattr(self, RECORDS)
+            records.set_value((*records.get_value(), moments))
             return super().__call__(x, use_running_average=True, mask=mask)
 
     return Recording
