@@ -20,7 +20,7 @@ from mbn_jax.sweeps.estimate import COST_FIELDS
 from mbn_jax.sweeps.report import write_report
 from mbn_jax.sweeps.results import read_results, write_results
 from mbn_jax.sweeps.runner import Runner
-from mbn_jax.sweeps.terminal import duration
+from mbn_jax.terminal import duration
 from mbn_jax.training.config_files import call_in_file, override_fields, parse_config
 from mbn_jax.training.workdir import make_folder
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from optuna.trial import FrozenTrial
 
 from mbn_jax.sweeps import storage as store
-from mbn_jax.sweeps.terminal import StatusLine, duration
+from mbn_jax.terminal import StatusLine, duration
 
 ENDS = (store.FINISHED, store.DIVERGED, store.FAILED)
 
