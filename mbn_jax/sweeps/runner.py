@@ -37,7 +37,7 @@ MEMBERS = "members"
 TRACEBACK = "traceback.txt"
 POLL_SECONDS = 1.0
 
-GIVES_BACK = (
+REQUEUED = (
     StoppedError,
     optuna.exceptions.UpdateFinishedTrialError,
     optuna.exceptions.StorageInternalError,
@@ -114,7 +114,7 @@ class Runner:
           How many members ended with each outcome.
 
         Raises:
-          KeyboardInterrupt: when interrupted, after the members in work were saved and given back.
+          KeyboardInterrupt: when interrupted, after the members in work were saved and requeued.
           StoppedError: likewise, by SIGTERM.
         """
         self._study = study
@@ -160,14 +160,14 @@ class Runner:
                         continue
                 if not states[TrialState.RUNNING]:
                     return
-                self._stop.wait(POLL_SECONDS)  # Others run elsewhere, and may yet be given up.
+                self._stop.wait(POLL_SECONDS)  # Others run elsewhere, and may yet be abandoned.
         except BaseException as error:  # Shown by the main thread, which waits for this one.
             self._errors.append(error)
             self._stop.set()
 
     def _states(self) -> Counter:
-        """Enqueues what is missing or given up; returns how many trials are in each state."""
-        store.give_up_stale(self._study)
+        """Enqueues what is missing or abandoned; returns how many trials are in each state."""
+        store.abandon_stale(self._study)
         store.enqueue_missing(self._study, self.members)
         return Counter(trial.state for trial in self._study.get_trials(deepcopy=False))
 
@@ -207,7 +207,7 @@ class Runner:
             except DivergenceError as error:
                 _record_end(trial, folder, store.DIVERGED, reason=str(error), step=error.step)
                 raise optuna.TrialPruned(str(error)) from error
-            except GIVES_BACK:
+            except REQUEUED:
                 raise
             except Exception as error:  # Whatever it is, the other members go on.
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -285,7 +285,9 @@ def _signals_set(event: threading.Event) -> Iterator[list[int]]:
     def stop(number: int, _) -> None:
         signals.append(number)
         event.set()
-        signal.signal(number, before[number] or signal.SIG_DFL)  # The second is not patient.
+        signal.signal(
+            number, before[number] or signal.SIG_DFL
+        )  # A second signal gets the previous handler.
 
     for caught in (signal.SIGINT, signal.SIGTERM):
         before[caught] = signal.signal(caught, stop)

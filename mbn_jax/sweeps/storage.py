@@ -1,7 +1,7 @@
 """Members, their state and their results in an Optuna study: the queue that survives its runners.
 
 A member is one run of the sweep; a trial is one attempt at a member. Claiming a trial is atomic,
-whoever asks. A trial whose runner is gone is given up, and its member gets another. How a member
+whoever asks. A trial whose runner is gone is abandoned, and its member gets another. How a member
 ended is an attribute of its trial, `OUTCOME`; a trial that ended without one did not finish.
 """
 
@@ -220,7 +220,7 @@ def _start_of(pid: int) -> str:
     return "" if state == "Z" else rest[18]
 
 
-def give_up_stale(study: optuna.Study) -> None:
+def abandon_stale(study: optuna.Study) -> None:
     """Ends the trials whose runner is gone: at once on this machine, else when it falls silent."""
     optuna.storages.fail_stale_trials(study)
     now = datetime.datetime.now()
@@ -264,12 +264,12 @@ def outcome(trial: FrozenTrial) -> str:
 
 
 def _trials_that_count(study: optuna.Study) -> Iterator[FrozenTrial]:
-    """Yields the trials that stand for a member: not duplicates, not given up, not retried."""
+    """Yields the trials that stand for a member: not duplicates, not abandoned, not retried."""
     retried = study.user_attrs.get(RETRIED, [])
     for trial in study.get_trials(deepcopy=False):
         how = trial.user_attrs.get(OUTCOME)
-        given_up = trial.state.is_finished() and how is None
-        if given_up or how == DUPLICATE or trial.number in retried:
+        is_abandoned = trial.state.is_finished() and how is None
+        if is_abandoned or how == DUPLICATE or trial.number in retried:
             continue
         if MEMBER in trial.user_attrs:
             yield trial
