@@ -64,14 +64,8 @@ class Runner:
     ):
         """Opens the data and checks every member; nothing compiles.
 
-        Args:
-          sweep: what to run.
-          config: that all members share.
-          workdir: the folder that has their runs.
-          devices: to run on; default: all of this host.
-
-        Raises:
-          UserError: for a member that cannot work.
+        `config` is what all members share; `devices` are all of this host by default. Raises
+        UserError for a member that cannot work.
         """
         self.members = with_room(sweep.members(), config)
         self.devices = devices or jax.local_devices()
@@ -105,13 +99,9 @@ class Runner:
         return estimate(configs, self._programs[self.devices[0]], len(self.devices))
 
     def run(self, study: optuna.Study) -> Counter:
-        """Runs members until none is left, here or elsewhere; call it from the main thread.
+        """Runs members until none is left, here or elsewhere; counts them by outcome.
 
-        Args:
-          study: holds the members' state.
-
-        Returns:
-          How many members ended with each outcome.
+        Call it from the main thread.
 
         Raises:
           KeyboardInterrupt: when interrupted, after the members in work were saved and requeued.
@@ -285,9 +275,8 @@ def _signals_set(event: threading.Event) -> Iterator[list[int]]:
     def stop(number: int, _) -> None:
         signals.append(number)
         event.set()
-        signal.signal(
-            number, before[number] or signal.SIG_DFL
-        )  # A second signal gets the previous handler.
+        # A second signal gets the previous handler.
+        signal.signal(number, before[number] or signal.SIG_DFL)
 
     for caught in (signal.SIGINT, signal.SIGTERM):
         before[caught] = signal.signal(caught, stop)

@@ -50,16 +50,13 @@ DUPLICATE = "duplicate"
 def open_study(
     workdir: pathlib.Path, storage: str | None = None, *, create: bool = True
 ) -> optuna.Study:
-    """Opens the study of a sweep.
+    """Opens the study of a sweep, or makes it; raises UserError where that cannot be.
 
     Args:
       workdir: the sweep's folder.
       storage: SQLAlchemy URL of a database for several machines, where the study has the workdir's
         name; default: SQLite in the workdir.
       create: whether to make one that is missing.
-
-    Raises:
-      UserError: where the database cannot be opened, or has no such study.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # Optuna has called heartbeats, and what follows from them, experimental for years.
@@ -130,13 +127,8 @@ def _database(url: str) -> optuna.storages.RDBStorage:
 def check_sweep(study: optuna.Study, config: ConfigDict, members: Sequence[Member]) -> None:
     """Binds a study to its members' settings; what has run must be declared as it ran.
 
-    Args:
-      study: the sweep's.
-      config: that all members share.
-      members: all that are declared; more than before is fine.
-
-    Raises:
-      UserError: for another config, or a member that is gone or has other fields.
+    More members than before are fine. Raises UserError for another config than the members shared
+    so far, or a member that is gone or has other fields.
     """
     now = fields(config)
     differing = changes(study.user_attrs.get(CONFIG, now), now)
@@ -168,10 +160,7 @@ def check_sweep(study: optuna.Study, config: ConfigDict, members: Sequence[Membe
 def enqueue_missing(study: optuna.Study, members: Sequence[Member]) -> None:
     """Enqueues the members that are neither waiting nor running nor done.
 
-    Args:
-      study: the sweep's.
-      members: all that are declared, with all the fields to run them with; one that was enqueued
-        before keeps the fields that it had.
+    One that was enqueued before keeps the fields that it had.
     """
     known = trials_by_member(study)
     missing = [member for member in members if member.name not in known]
