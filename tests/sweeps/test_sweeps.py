@@ -591,7 +591,7 @@ def test_dry_run_shows_the_members_and_writes_nothing(write_sweep, tmp_path, cap
     [
         ({"norm.memry_size": (1,)}, [], "no field norm.memry_size; did you mean norm.memory_size"),
         ({"norm.memory_size": ("many",)}, [], "a value of the wrong type"),
-        ({"norm.memory_size": (-1,)}, [], "norm.memory_size must be . or more, got -1"),
+        ({"norm.memory_size": (-1,)}, [], "norm.memory_size must be at most 65536 and 0 or more"),
         ({"norm.decay": (1.0, 2.0)}, [], r"norm.decay must be in \(0, 1\], got 2.0"),
         ({"norm.decay": (1.0, 1.0)}, [], "axis 'norm.decay' has a value twice"),
         ({"norm.decay": ()}, [], "cannot have the axis 'norm.decay' with 0 values"),
