@@ -47,7 +47,7 @@ DIGITS = str(ROOT / "configs" / "digits.py")
         (["--config.double_forward_fraction=0"], r"must be in \(0, 1\], got 0.0"),
         (
             ["--config.double_forward=off", "--config.double_forward_fraction=0.5"],
-            "need a second forward, and double_forward is 'off'",
+            "needs a second forward, and double_forward is 'off'",
         ),
         (
             ["--config.double_forward_fraction=0.5", "--config.norm.name=batch"],

@@ -1,5 +1,6 @@
 """The commands on any terminal, into any pipe, in any encoding: they answer, and runs go on."""
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -144,6 +145,16 @@ def test_a_pipe_that_nobody_reads_and_a_full_disk_of_the_log_end_nothing(tmp_pat
     assert not (tmp_path / "file").exists()
 
 
+def read_all(reader):
+    """What was written to a terminal that is closed; it comes in parts."""
+    parts = []
+    with contextlib.suppress(OSError):  # At the end.
+        while part := os.read(reader, 4096):
+            parts.append(part)
+    os.close(reader)
+    return b"".join(parts).decode()
+
+
 @pytest.mark.parametrize("term", ["xterm", "dumb"])
 def test_progress_on_a_terminal_of_forty_columns(tmp_path, monkeypatch, term):
     ours, theirs = pty.openpty()
@@ -157,8 +168,7 @@ def test_progress_on_a_terminal_of_forty_columns(tmp_path, monkeypatch, term):
             reporter.progress(step, values)
         reporter.say("a line that stays")
         reporter.close()
-        text = os.read(ours, 4096).decode()
-    os.close(ours)
+    text = read_all(ours)
     lines = re.split(r"\r\x1b\[K|\r\n", text)
     progress = [line for line in lines if re.match(r"step \d/4  loss", line)]
     assert len(progress) == 4

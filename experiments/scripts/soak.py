@@ -166,7 +166,7 @@ def differences(whole: pathlib.Path, killed: pathlib.Path) -> Iterator[str]:
         )
         checkpoints.close()
         if state is None:
-            raise SystemExit(f"{workdir} has no sound checkpoint.")
+            raise SystemExit(f"{workdir} has no valid checkpoint.")
         state = first_device(state)
         states.append(jax.device_get(state.replace(key=jax.random.key_data(state.key))))
     for (path, one), (_, other) in zip(

@@ -203,7 +203,7 @@ def first_host_first() -> Iterator[None]:
             multihost_utils.sync_global_devices("first_host_first")
         failures = np.flatnonzero(multihost_utils.process_allgather(np.array(failed)))
     if len(failures):
-        raise UserError(f"Host {failures[0]} cannot continue; mend what its own message says.")
+        raise UserError(f"Host {failures[0]} cannot continue; fix what its own message says.")
 
 
 def check_alike(**numbers: int) -> None:

@@ -141,7 +141,7 @@ def leave(status: int) -> None:
     leaving.start()
     leaving.join(SECONDS_TO_LEAVE)
     if leaving.is_alive():
-        exit_at_once(status)  # The others wait for this one, and notice.
+        exit_at_once(status)  # Peers notice the closed connection.
 
 
 def exit_at_once(status: int) -> NoReturn:

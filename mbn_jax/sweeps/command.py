@@ -20,7 +20,7 @@ from mbn_jax.sweeps.estimate import COST_FIELDS
 from mbn_jax.sweeps.report import write_report
 from mbn_jax.sweeps.results import read_results, write_results
 from mbn_jax.sweeps.runner import Runner
-from mbn_jax.sweeps.terminal import duration
+from mbn_jax.terminal import duration
 from mbn_jax.training.config_files import (
     call_in_file,
     override_fields,
@@ -33,18 +33,9 @@ PACKAGES = ("mbn-jax", "jax", "jaxlib", "flax", "optax", "numpy")
 
 
 def load_sweep(path: str, overrides: Sequence[str], seeds: int | None) -> tuple[Sweep, ConfigDict]:
-    """Reads an experiment file.
+    """Reads an experiment file; returns the sweep and the config that all members share.
 
-    Args:
-      path: a Python file with `get_sweep()`.
-      overrides: as on the command line, '--config.FIELD=VALUE'.
-      seeds: how many; default: as the file says.
-
-    Returns:
-      The sweep, and the config that all members share.
-
-    Raises:
-      UserError: for a file, a field or a value that cannot work.
+    `overrides` and `seeds` change what the file says. Raises UserError where these cannot work.
     """
     sweep = call_in_file(path, "get_sweep")
     if not isinstance(sweep, Sweep):
@@ -98,22 +89,10 @@ def open_sweep(
     devices: Sequence[jax.Device] | None = None,
     retry_failed: bool = False,
 ) -> tuple[Runner, optuna.Study]:
-    """Prepares a sweep to run or to go on.
+    """Prepares a sweep to run or to go on; returns its runner and the study of its state.
 
-    Args:
-      experiment: a Python file with `get_sweep()`.
-      overrides: changes to its config, '--config.FIELD=VALUE'.
-      seeds: how many; default: as the file says.
-      workdir: the sweep's folder; made where missing.
-      storage: SQLAlchemy URL of a database for several machines; default: in the workdir.
-      devices: to run on; default: all of this host.
-      retry_failed: run members again that failed.
-
-    Returns:
-      The runner of the sweep, and the study that holds its state.
-
-    Raises:
-      UserError: for a file, a field, a value or a workdir that cannot work.
+    The arguments are those of `mbn-sweep`; `devices` are all of this host by default. Raises
+    UserError for a file, a field, a value or a workdir that cannot work.
     """
     sweep, config = load_sweep(experiment, overrides, seeds)
     runner = Runner(sweep, config, workdir, devices)
@@ -127,11 +106,7 @@ def open_sweep(
 
 
 def run_sweep(workdir: pathlib.Path, runner: Runner, study: optuna.Study) -> Counter:
-    """Runs what is missing of a sweep from `open_sweep`, and writes its results and report.
-
-    Returns:
-      How many members are 'finished', 'diverged' and 'failed'.
-    """
+    """Runs what is missing, and writes results and report; counts members by outcome."""
     outcomes = runner.run(study)
     write_all(workdir, study)
     return outcomes
@@ -158,13 +133,9 @@ def describe(sweep: Sweep) -> dict:
 
 
 def report_sweep(workdir: pathlib.Path, storage: str | None = None) -> pathlib.Path:
-    """Writes the results and the report of a sweep, as far as it is.
+    """Writes the results and the report of a sweep, as far as it is; returns their `report.html`.
 
-    Returns:
-      The path of `report.html`.
-
-    Raises:
-      UserError: where there is no sweep, or none of its members has run.
+    Raises UserError where there is no sweep, or it has no members yet.
     """
     study = store.open_study(workdir, storage, create=False)
     if store.SWEEP not in study.user_attrs or not store.trials_by_member(study):

@@ -56,15 +56,9 @@ class Cost:
 
 
 def estimate(configs: Sequence[ConfigDict], programs: Programs, num_devices: int) -> Estimate:
-    """Estimates the time of a sweep.
+    """Estimates the time of members with these configs, on devices that share them.
 
-    Args:
-      configs: of all members.
-      programs: of one device, to measure on; it should be idle.
-      num_devices: that share the members.
-
-    Raises:
-      UserError: where a program cannot be measured.
+    It measures on the device of `programs`, which should be idle; raises UserError if it cannot.
     """
     costs: dict[str, Cost] = {}
     compiled: set[str] = set()

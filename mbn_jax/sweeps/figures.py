@@ -27,16 +27,7 @@ AxisValues = Mapping[str, Sequence]
 
 
 def draw(figure: Figure, results: pd.DataFrame, axes: AxisValues) -> bytes:
-    """Draws one figure.
-
-    Args:
-      figure: what to draw.
-      results: from `read_results`.
-      axes: all of the sweep.
-
-    Returns:
-      The PNG.
-    """
+    """Draws one figure of the results, a PNG."""
     rows = results
     for axis, value in figure.fixed.items():
         rows = _at(rows, axis, value)
@@ -84,15 +75,7 @@ def _canvas(num_panels: int, *, shares_x: bool) -> tuple[Canvas, list[Axes]]:
 def _draw_lines(
     plot: Axes, figure: Figure, panel: pd.DataFrame, rows: pd.DataFrame, axes: AxisValues
 ) -> None:
-    """Draws the lines of a panel.
-
-    Args:
-      plot: where to.
-      figure: what to draw.
-      panel: the results that the panel shows.
-      rows: those that all panels show.
-      axes: all of the sweep.
-    """
+    """Draws the lines of a panel, which shows the results `panel`; all panels show `rows`."""
     lines = axes[figure.lines] if figure.lines else [None]
     for i, line in enumerate(lines):
         # Without a value in any panel: group normalization, for example, has no statistics.

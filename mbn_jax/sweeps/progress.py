@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from optuna.trial import FrozenTrial
 
 from mbn_jax.sweeps import storage as store
-from mbn_jax.sweeps.terminal import StatusLine, duration
+from mbn_jax.terminal import StatusLine, duration
 from mbn_jax.training.reporting import of_split, shown
 
 ENDS = (store.FINISHED, store.DIVERGED, store.FAILED)
@@ -17,12 +17,7 @@ class Progress:
     """Tells of the members that end from now on, whoever runs them."""
 
     def __init__(self, num_members: int, trials: Mapping[str, FrozenTrial]):
-        """Shows nothing yet.
-
-        Args:
-          num_members: of the sweep, as this process knows it.
-          trials: the trial of each member that was enqueued, by the member's name.
-        """
+        """Shows nothing yet; `trials` are by member, as in `store.trials_by_member`."""
         self._num_members = num_members
         self._ended = {name for name, trial in trials.items() if store.outcome(trial) in ENDS}
         self._ended_before = len(self._ended)
@@ -30,12 +25,7 @@ class Progress:
         self._line = StatusLine()
 
     def update(self, trials: Mapping[str, FrozenTrial], *, stopping: bool) -> None:
-        """Shows what has changed.
-
-        Args:
-          trials: as for the constructor.
-          stopping: whether this process was asked to stop.
-        """
+        """Shows what has changed, and whether this process was asked to stop."""
         total = max(len(trials), self._num_members)  # Another runner may know of more.
         for name, trial in trials.items():
             if name not in self._ended and store.outcome(trial) in ENDS:

@@ -44,16 +44,7 @@ OVER_STEPS = {"last": "the last that was measured", "mean": "averaged over each 
 
 
 def write_report(study: optuna.Study, results: pd.DataFrame, workdir: pathlib.Path) -> pathlib.Path:
-    """Writes `report.html`, `report.md` and `figures/`.
-
-    Args:
-      study: the sweep's.
-      results: from `read_results`.
-      workdir: the folder to write to.
-
-    Returns:
-      The path of `report.html`.
-    """
+    """Writes `report.html`, whose path is returned, `report.md` and `figures/`."""
     sweep = study.user_attrs[store.SWEEP]
     blocks: list[Block] = [page.text(sweep["text"])] if sweep["text"] else []
     blocks.append(page.text(_setting(study, results)))

@@ -37,7 +37,7 @@ MEMBERS = "members"
 TRACEBACK = "traceback.txt"
 POLL_SECONDS = 1.0
 
-GIVES_BACK = (
+REQUEUED = (
     StoppedError,
     optuna.exceptions.UpdateFinishedTrialError,
     optuna.exceptions.StorageInternalError,
@@ -64,14 +64,8 @@ class Runner:
     ):
         """Opens the data and checks every member; nothing compiles.
 
-        Args:
-          sweep: what to run.
-          config: that all members share.
-          workdir: the folder that has their runs.
-          devices: to run on; default: all of this host.
-
-        Raises:
-          UserError: for a member that cannot work.
+        `config` is what all members share; `devices` are all of this host by default. Raises
+        UserError for a member that cannot work.
         """
         self.members = with_room(sweep.members(), config)
         self.devices = devices or jax.local_devices()
@@ -105,16 +99,12 @@ class Runner:
         return estimate(configs, self._programs[self.devices[0]], len(self.devices))
 
     def run(self, study: optuna.Study) -> Counter:
-        """Runs members until none is left, here or elsewhere; call it from the main thread.
+        """Runs members until none is left, here or elsewhere; counts them by outcome.
 
-        Args:
-          study: holds the members' state.
-
-        Returns:
-          How many members ended with each outcome.
+        Call it from the main thread.
 
         Raises:
-          KeyboardInterrupt: when interrupted, after the members in work were saved and given back.
+          KeyboardInterrupt: when interrupted, after the members in work were saved and requeued.
           StoppedError: likewise, by SIGTERM.
         """
         self._study = study
@@ -160,14 +150,14 @@ class Runner:
                         continue
                 if not states[TrialState.RUNNING]:
                     return
-                self._stop.wait(POLL_SECONDS)  # Others run elsewhere, and may yet be given up.
+                self._stop.wait(POLL_SECONDS)  # Others run elsewhere, and may yet be abandoned.
         except BaseException as error:  # Shown by the main thread, which waits for this one.
             self._errors.append(error)
             self._stop.set()
 
     def _states(self) -> Counter:
-        """Enqueues what is missing or given up; returns how many trials are in each state."""
-        store.give_up_stale(self._study)
+        """Enqueues what is missing or abandoned; returns how many trials are in each state."""
+        store.abandon_stale(self._study)
         store.enqueue_missing(self._study, self.members)
         return Counter(trial.state for trial in self._study.get_trials(deepcopy=False))
 
@@ -207,7 +197,7 @@ class Runner:
             except DivergenceError as error:
                 _record_end(trial, folder, store.DIVERGED, reason=str(error), step=error.step)
                 raise optuna.TrialPruned(str(error)) from error
-            except GIVES_BACK:
+            except REQUEUED:
                 raise
             except Exception as error:  # Whatever it is, the other members go on.
                 reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
@@ -285,7 +275,8 @@ def _signals_set(event: threading.Event) -> Iterator[list[int]]:
     def stop(number: int, _) -> None:
         signals.append(number)
         event.set()
-        signal.signal(number, before[number] or signal.SIG_DFL)  # The second is not patient.
+        # A second signal gets the previous handler.
+        signal.signal(number, before[number] or signal.SIG_DFL)
 
     for caught in (signal.SIGINT, signal.SIGTERM):
         before[caught] = signal.signal(caught, stop)

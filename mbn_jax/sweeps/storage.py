@@ -1,7 +1,7 @@
 """Members, their state and their results in an Optuna study: the queue that survives its runners.
 
 A member is one run of the sweep; a trial is one attempt at a member. Claiming a trial is atomic,
-whoever asks. A trial whose runner is gone is given up, and its member gets another. How a member
+whoever asks. A trial whose runner is gone is abandoned, and its member gets another. How a member
 ended is an attribute of its trial, `OUTCOME`; a trial that ended without one did not finish.
 """
 
@@ -50,16 +50,13 @@ DUPLICATE = "duplicate"
 def open_study(
     workdir: pathlib.Path, storage: str | None = None, *, create: bool = True
 ) -> optuna.Study:
-    """Opens the study of a sweep.
+    """Opens the study of a sweep, or makes it; raises UserError where that cannot be.
 
     Args:
       workdir: the sweep's folder.
       storage: SQLAlchemy URL of a database for several machines, where the study has the workdir's
         name; default: SQLite in the workdir.
       create: whether to make one that is missing.
-
-    Raises:
-      UserError: where the database cannot be opened, or has no such study.
     """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     # Optuna has called heartbeats, and what follows from them, experimental for years.
@@ -130,13 +127,8 @@ def _database(url: str) -> optuna.storages.RDBStorage:
 def check_sweep(study: optuna.Study, config: ConfigDict, members: Sequence[Member]) -> None:
     """Binds a study to its members' settings; what has run must be declared as it ran.
 
-    Args:
-      study: the sweep's.
-      config: that all members share.
-      members: all that are declared; more than before is fine.
-
-    Raises:
-      UserError: for another config, or a member that is gone or has other fields.
+    More members than before are fine. Raises UserError for another config than the members shared
+    so far, or a member that is gone or has other fields.
     """
     now = fields(config)
     before = study.user_attrs.get(CONFIG, now) | {"import_dir": config.import_dir}
@@ -169,10 +161,7 @@ def check_sweep(study: optuna.Study, config: ConfigDict, members: Sequence[Membe
 def enqueue_missing(study: optuna.Study, members: Sequence[Member]) -> None:
     """Enqueues the members that are neither waiting nor running nor done.
 
-    Args:
-      study: the sweep's.
-      members: all that are declared, with all the fields to run them with; one that was enqueued
-        before keeps the fields that it had.
+    One that was enqueued before keeps the fields that it had.
     """
     known = trials_by_member(study)
     missing = [member for member in members if member.name not in known]
@@ -221,7 +210,7 @@ def _start_of(pid: int) -> str:
     return "" if state == "Z" else rest[18]
 
 
-def give_up_stale(study: optuna.Study) -> None:
+def abandon_stale(study: optuna.Study) -> None:
     """Ends the trials whose runner is gone: at once on this machine, else when it falls silent."""
     optuna.storages.fail_stale_trials(study)
     now = datetime.datetime.now()
@@ -265,12 +254,12 @@ def outcome(trial: FrozenTrial) -> str:
 
 
 def _trials_that_count(study: optuna.Study) -> Iterator[FrozenTrial]:
-    """Yields the trials that stand for a member: not duplicates, not given up, not retried."""
+    """Yields the trials that stand for a member: not duplicates, not abandoned, not retried."""
     retried = study.user_attrs.get(RETRIED, [])
     for trial in study.get_trials(deepcopy=False):
         how = trial.user_attrs.get(OUTCOME)
-        given_up = trial.state.is_finished() and how is None
-        if given_up or how == DUPLICATE or trial.number in retried:
+        is_abandoned = trial.state.is_finished() and how is None
+        if is_abandoned or how == DUPLICATE or trial.number in retried:
             continue
         if MEMBER in trial.user_attrs:
             yield trial

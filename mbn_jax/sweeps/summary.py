@@ -51,13 +51,7 @@ def unfinished(results: pd.DataFrame) -> pd.DataFrame:
 
 
 def finished(rows: pd.DataFrame, metric: str, over_steps: str = "last") -> pd.Series:
-    """Returns a metric of the runs that finished, by seed.
-
-    Args:
-      rows: the results at one point of the sweep.
-      metric: as for `measured`.
-      over_steps: the 'last' value that was measured, or the 'mean' over all.
-    """
+    """Returns a metric of the runs that finished, by seed: its 'last' value or its 'mean'."""
     values = measured(rows, metric)[rows[RUN, "outcome"] == store.FINISHED].dropna()
     return values.groupby(rows[RUN, "seed"]).agg(over_steps)
 

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written by Orbax, sealed by checksums, restored only if sound.
+"""Checkpoints of a run: written by Orbax, sealed by checksums, restored only if valid.
 
 A checkpoint that is unfinished or does not match its seal is named aloud and skipped.
 """
@@ -80,7 +80,7 @@ class Checkpoints:
             "key_impl": str(jax.random.key_impl(host.key)),
             "notes": dict(notes or {}),
             "temporary": temporary,
-            "layers_recorded": True,
+            "has_rule": True,
         }
         host = jax.device_get(_with_key_data(host))
         stats = saved_statistics.groups_of(state.batch_stats, local_statistics=local_statistics)
@@ -123,7 +123,7 @@ class Checkpoints:
         devices: Devices = None,
         best: bool = False,
     ) -> TrainState | None:
-        """Restores the newest sound checkpoint onto the devices.
+        """Restores the newest valid checkpoint onto the devices.
 
         Args:
           state: a state of the same structure, without the device axis.
@@ -135,7 +135,7 @@ class Checkpoints:
         Returns:
           Arrays `[devices, ...]`, or None where there is no such checkpoint.
         """
-        step = self._best(self._sound_steps) if best else max(self._sound_steps, default=None)
+        step = self._best(self._valid_steps) if best else max(self._valid_steps, default=None)
         if step is None:
             return None
         restored, stats = self._read(step, state)
@@ -146,39 +146,39 @@ class Checkpoints:
         return on_devices.replace(batch_stats=stats)
 
     def weights(self) -> tuple[PyTree, PyTree] | None:
-        """Returns the parameters of the newest sound checkpoint, and its statistics by group."""
-        if not self._sound_steps:
+        """Returns the parameters of the newest valid checkpoint, and its statistics by group."""
+        if not self._valid_steps:
             return None
         args = ocp.args.Composite(tree=ocp.args.StandardRestore())
-        tree = self._manager.restore(max(self._sound_steps), args=args)["tree"]
+        tree = self._manager.restore(max(self._valid_steps), args=args)["tree"]
         return tree["state"]["params"], tree["batch_stats"] or {}
 
     @property
     def notes(self) -> dict[str, Any]:
-        """The notes of the newest sound checkpoint; `{}` without one."""
-        return self._layout(max(self._sound_steps)).get("notes", {}) if self._sound_steps else {}
+        """The notes of the newest valid checkpoint; `{}` without one."""
+        return self._layout(max(self._valid_steps)).get("notes", {}) if self._valid_steps else {}
 
     def discard_damaged(self) -> None:
-        """Deletes checkpoints that are not sound, so that the run can write these steps again."""
+        """Deletes checkpoints that are not valid, so that the run can write these steps again."""
         with first_host_first():
             if jax.process_index() == 0:
                 for folder in self._folder.glob(UNFINISHED):
                     shutil.rmtree(folder)
-        for step in set(self._manager.all_steps()) - set(self._sound_steps):
+        for step in set(self._manager.all_steps()) - set(self._valid_steps):
             self._manager.delete(step)
 
     @functools.cached_property
-    def _sound_steps(self) -> list[int]:
-        """Steps that had a sound checkpoint when first asked, as the first host finds them."""
+    def _valid_steps(self) -> list[int]:
+        """Steps that had a valid checkpoint when first asked, as the first host finds them."""
         steps = sorted(self._manager.all_steps())
-        sound = np.zeros(len(steps), bool)
+        valid = np.zeros(len(steps), bool)
         if jax.process_index() == 0:
             reasons = [damage(self._folder / str(step)) for step in steps]
             for step, reason in zip(steps, reasons, strict=True):
                 if reason:
                     logging.warning("Skipped the checkpoint of step %d: %s.", step, reason)
-            sound = np.array([reason is None for reason in reasons], bool)
-        return [step for step, is_sound in zip(steps, agree(sound), strict=True) if is_sound]
+            valid = np.array([reason is None for reason in reasons], bool)
+        return [step for step, is_valid in zip(steps, agree(valid), strict=True) if is_valid]
 
     def _layout(self, step: int) -> dict[str, Any]:
         args = ocp.args.Composite(layout=ocp.args.JsonRestore())
@@ -191,13 +191,15 @@ class Checkpoints:
         state = state.replace(key=jax.random.key(0, impl=key_impl))
         target = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), _with_key_data(state))
         stats = jax.tree.map(lambda x: np.stack([np.asarray(x)] * groups), state.batch_stats)
-        saved = stats if "layers_recorded" in layout else saved_statistics.without_rule(stats)
+        # Earlier versions called it otherwise, or had none.
+        has_rule = layout.keys() & {"has_rule", "layers_recorded"}
+        saved = stats if has_rule else saved_statistics.without_rule(stats)
         tree = {"state": target.replace(batch_stats={}), "batch_stats": saved}
         args = ocp.args.Composite(tree=ocp.args.StandardRestore(tree))
         try:
             tree = self._manager.restore(step, args=args)["tree"]
         except (ValueError, KeyError, TypeError) as error:
-            # Its checksums match: it is sound, but of another model.
+            # Its checksums match: it is valid, but of another model.
             raise UserError(
                 f"The checkpoint {self._folder / str(step)} does not fit the model of this "
                 f"config ({str(error).splitlines()[0]}); use the config it was made with."

@@ -95,7 +95,7 @@ def check_may_resume(before: Mapping[str, Any], now: Mapping[str, Any], where: s
 
 
 def _depends_on_the_end(fields: Mapping[str, Any]) -> str | None:
-    """Returns what in training is a function of the share of the run that is done, or None."""
+    """Returns what in training is a function of the fraction of the run that is done, or None."""
     if fields["schedule.name"] not in ("constant", "step"):
         return f"schedule.name={fields['schedule.name']!r}"
     if fields["norm.name"] == "batch_renorm":

@@ -22,20 +22,20 @@ def evaluate_run(
     recalibrate_batches: int = 0,
     best: bool = False,
 ) -> dict[str, float | str]:
-    """Evaluates the newest sound checkpoint of a run on any split.
+    """Evaluates the newest valid checkpoint of a run on any split.
 
     Args:
       workdir: folder of the run.
       split: TFDS split; default: the run's test split.
       recalibrate_batches: number of batches of training examples to compute the statistics anew
         from; 0: use those of the run.
-      best: evaluate the sound checkpoint of the lowest test error instead.
+      best: evaluate the valid checkpoint of the lowest test error instead.
 
     Returns:
       'step', 'split', 'loss', and the further metrics of the loss ('error').
 
     Raises:
-      UserError: where there is no run or no sound checkpoint, or its config is another.
+      UserError: where there is no run or no valid checkpoint, or its config is another.
     """
     config = load_config(workdir)
     program = Programs(_devices_that_fit(config)).get(config)
@@ -53,7 +53,7 @@ def evaluate_run(
     check_checkpoint(config, noted, workdir)
     if state is None:
         of_which = " that notes its test error" if best else ""
-        raise UserError(f"{workdir} has no sound checkpoint{of_which} to evaluate.")
+        raise UserError(f"{workdir} has no valid checkpoint{of_which} to evaluate.")
     if recalibrate_batches:
         if not state.batch_stats:
             raise UserError(

@@ -40,7 +40,7 @@ def only_writer(workdir: pathlib.Path) -> Iterator[None]:
 def only_one(folder: pathlib.Path, give_up: Callable[[], bool]) -> Iterator[bool]:
     """Waits until no other process writes to a folder, and holds its lock.
 
-    Heartbeats stop when a machine sleeps, and its members are given to others; when it wakes up,
+    Heartbeats stop when a machine sleeps, and its members are requeued; when it wakes up,
     the folder of a run must still have one writer.
 
     Args:

@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from absl import logging
 
 from mbn_jax.errors import UserError
+from mbn_jax.terminal import StatusLine
 from mbn_jax.training.events import Events
 from mbn_jax.training.workdir import replace, writing
 
@@ -131,8 +131,7 @@ class Reporter:
         self._total_steps = total_steps
         self._first_step = first_step
         self._begin = time.monotonic()
-        self._is_terminal = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        self._line_is_open = False
+        self._line = StatusLine()
         lines = _lines_until(workdir, first_step)
         replace(workdir / METRICS, lines)
         self._digest = hashlib.sha256(lines)
@@ -142,20 +141,18 @@ class Reporter:
             files.callback(self._events.close)
             self._files = files.pop_all()
 
-    def write(self, step: int, values: Mapping[str, float], *, only_events: bool = False) -> None:
+    def write(self, step: int, values: Mapping[str, float]) -> None:
         """Writes one record: a line of `metrics.jsonl`, and a scalar a value for TensorBoard."""
-        if not only_events:
-            self.last = values
+        self.last = values
         if self._silent:
             return
-        if not only_events:
-            line = f"{to_json({'step': step, **values})}\n".encode()
-            with writing(self._workdir):
-                self._metrics.write(line)
-                self._metrics.flush()
-            self._digest.update(line)
-            if self._on_record:
-                self._on_record(step, dict(values))
+        line = f"{to_json({'step': step, **values})}\n".encode()
+        with writing(self._workdir):
+            self._metrics.write(line)
+            self._metrics.flush()
+        self._digest.update(line)
+        if self._on_record:
+            self._on_record(step, dict(values))
         with writing(self._workdir):
             for name, value in values.items():
                 self._events.scalar(name, value, step)
@@ -176,30 +173,22 @@ class Reporter:
         done = step - self._first_step
         left = (time.monotonic() - self._begin) / max(done, 1) * (self._total_steps - step)
         metrics = "  ".join(f"{name} {shown(name, x)}" for name, x in of_split("train", values))
-        line = (
+        self._line.show(
             f"step {step}/{self._total_steps}  {metrics}  "
-            f"{values['images_per_second']:,.0f} images/s  {left:.0f} s left"
+            f"{values['images_per_second']:,.0f} images/s  {left:.0f} s left",
+            everywhere=True,
         )
-        if self._is_terminal:
-            line = line[: _columns() - 1]  # A line that wraps would not be overwritten.
-            print(f"\r\033[K{line}", end="", file=sys.stderr, flush=True)
-            self._line_is_open = True
-        else:
-            print(line, file=sys.stderr, flush=True)
 
     def say(self, line: str) -> None:
         """Prints a line that stays."""
-        if self._silent or self._on_record:
-            return
-        print(f"\r\033[K{line}" if self._is_terminal else line, file=sys.stderr, flush=True)
-        self._line_is_open = False
+        if not (self._silent or self._on_record):
+            self._line.say(line)
 
     def close(self) -> None:
         """Flushes and closes the files, and leaves the progress line."""
         if self._silent:
             return
-        if self._is_terminal and self._line_is_open:
-            print(file=sys.stderr)
+        self._line.close()
         with writing(self._workdir):
             self._files.close()
 
@@ -230,14 +219,6 @@ def selection_metric(values: Mapping[str, float]) -> float | None:
     That is 'test_error', or 'test_loss' where the loss measures no 'error'; None without either.
     """
     return values.get("test_error", values.get("test_loss"))
-
-
-def _columns() -> int:
-    """Returns the width of the terminal that standard error is."""
-    try:
-        return os.get_terminal_size(sys.stderr.fileno()).columns or 80
-    except OSError:
-        return 80
 
 
 def draw_curves(workdir: pathlib.Path, title: str) -> None:

@@ -1,4 +1,4 @@
-"""Finds the state that a run starts from: its newest sound checkpoint, or the initial one."""
+"""Finds the state that a run starts from: its newest valid checkpoint, or the initial one."""
 
 import dataclasses
 import pathlib
@@ -32,12 +32,12 @@ class Start:
 
 
 def find_start(program: Program, config: ConfigDict, workdir: pathlib.Path) -> Start:
-    """Reads the newest sound checkpoint, or makes the state before the first step.
+    """Reads the newest valid checkpoint, or makes the state before the first step.
 
     Args:
       program: program of the run.
       config: run configuration.
-      workdir: folder of the run; checkpoints that are not sound are deleted.
+      workdir: folder of the run; checkpoints that are not valid are deleted.
 
     Raises:
       UserError: if the checkpoint is of another configuration, or the records do not fit it.

@@ -68,7 +68,7 @@ RULES_BETWEEN_FIELDS = (
     ),
     RuleBetweenFields(
         lambda c: 0 <= c.norm.memory_schedule.begin < c.norm.memory_schedule.end <= 1,
-        "norm.memory_schedule.begin and end must be shares of the run, 0 <= begin < end <= 1, "
+        "norm.memory_schedule.begin and end must be fractions of the run, 0 <= begin < end <= 1, "
         "got {c.norm.memory_schedule.begin} and {c.norm.memory_schedule.end}.",
     ),
     RuleBetweenFields(

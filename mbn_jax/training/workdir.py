@@ -69,7 +69,7 @@ def writing(workdir: pathlib.Path) -> Iterator[None]:
         if error.errno not in UNWRITABLE:
             raise
         raise UserError(
-            f"Cannot write to --workdir={workdir}: {os.strerror(error.errno)}; mend that, and run "
+            f"Cannot write to --workdir={workdir}: {os.strerror(error.errno)}; fix this, and run "
             "the same command to resume from the last checkpoint."
         ) from error
 

@@ -211,7 +211,7 @@ def test_where_one_host_cannot_start_none_does(data_dir, tmp_path):
     results = start(by_flags(2), config, [tmp_path / "first", tmp_path / "other"], [1, 1])
     assert [status for _, _, status in results] == [2, 2]
     said = [err.splitlines()[-1] for _, err, _ in results]
-    assert said[0] == "mbn-train: Host 1 cannot continue; mend what its own message says."
+    assert said[0] == "mbn-train: Host 1 cannot continue; fix what its own message says."
     assert said[1].startswith("mbn-train: Host 1 does not find what the first host wrote to")
 
 

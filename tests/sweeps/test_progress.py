@@ -1,5 +1,6 @@
 """What a running sweep shows, on terminals of any kind."""
 
+import contextlib
 import fcntl
 import os
 import pty
@@ -46,13 +47,17 @@ def terminal():
     """A terminal of 40 columns: what a program writes to, and what reads what it wrote."""
     reader, writer = pty.openpty()
     fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
-    with os.fdopen(writer, "w") as stream:
+    stream = os.fdopen(writer, "w")
 
-        def written():
-            stream.flush()
-            return os.read(reader, 100_000).decode()
+    def written():
+        stream.close()
+        parts = []
+        with contextlib.suppress(OSError):  # At the end; what was written comes in parts.
+            while part := os.read(reader, 4096):
+                parts.append(part)
+        return b"".join(parts).decode()
 
-        yield stream, written
+    yield stream, written
     os.close(reader)
 
 

@@ -251,7 +251,7 @@ def test_lost_records_are_told_and_a_damaged_checkpoint_is_not_evaluated(
     assert "the records up to step 10 are lost" in caplog.text
     assert train(config, workdir) == {}  # Nor once there is an empty file.
     cut_in_half(workdir / CHECKPOINTS / "10" / "checksums.json")
-    with pytest.raises(UserError, match="no sound checkpoint to evaluate"):
+    with pytest.raises(UserError, match="no valid checkpoint to evaluate"):
         evaluate_run(workdir)
     assert "Skipped the checkpoint of step 10: checksums.json is damaged" in caplog.text
 
@@ -334,7 +334,7 @@ def test_a_full_disk_ends_a_run_in_one_sentence_and_it_resumes_when_there_is_spa
     _, told = process.communicate(timeout=300)
     assert process.returncode == 2, told
     sentence = (
-        f"mbn-train: Cannot write to --workdir={workdir}: File too large; mend that, and run the "
+        f"mbn-train: Cannot write to --workdir={workdir}: File too large; fix this, and run the "
         "same command to resume from the last checkpoint.\n"
     )
     assert told.endswith(sentence)
@@ -543,7 +543,7 @@ def test_one_of_two_hosts_is_asked_to_stop_or_dies(small, tmp_path):
     assert "another host is lost" in told
     assert "start all of them again" in told
     assert "Traceback" not in told
-    # What is left is sound. (That hosts resume what one process left is tested with the hosts.)
+    # What is left is valid. (That hosts resume what one process left is tested with the hosts.)
     two_devices = Programs(jax.devices()[:2])
     assert train(small, workdir, programs=two_devices)["step"] == 80
     train(small, tmp_path / "whole", programs=two_devices)

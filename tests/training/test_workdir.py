@@ -376,7 +376,8 @@ def test_a_key_is_restored_as_it_was_saved_whatever_the_default_is(tmp_path, sav
         with jax.default_prng_impl(now):
             found = first_device(checkpoints.restore(small_state(), local_statistics=False))
         assert str(jax.random.key_impl(found.key)) == saved
-        assert_same_bits(found, small_state(saved))
+        states = (found, small_state(saved))
+        assert_same_bits(*(s.replace(key=jax.random.key_data(s.key)) for s in states))
     checkpoints.close()
 
 

@@ -15,9 +15,15 @@ class StatusLine:
         self._is_live = sys.stderr.isatty() and not dumb
         self._shown = ""
 
-    def show(self, text: str) -> None:
-        """Replaces the line at the end, cut to the width of the terminal."""
+    def show(self, text: str, *, everywhere: bool = False) -> None:
+        """Replaces the line at the end, cut to the width of the terminal.
+
+        Where no line can be replaced, in a file for example, it stays, or is left out unless
+        `everywhere`.
+        """
         if not self._is_live:
+            if everywhere:
+                self.say(text)
             return
         text = text[: _width() - 1]  # A line that wraps could not be replaced.
         if text != self._shown:
