@@ -97,13 +97,18 @@ def packages_in_memory(imported: str) -> set[str]:
 
 @pytest.fixture(scope="module")
 def dependencies_in_memory():
-    return packages_in_memory(", ".join(sorted(LIBRARY_PACKAGES)))
+    return packages_in_memory(", ".join(sorted({*LIBRARY_PACKAGES, "flax.nnx"})))
 
 
 def test_importing_the_library_brings_no_package_but_its_dependencies(dependencies_in_memory):
     library = ["mbn_jax", *(name for name in MODULES if room(name) in LIBRARY)]
     brought = packages_in_memory(", ".join(library)) - dependencies_in_memory
     assert brought - set(sys.stdlib_module_names) == {"mbn_jax"}
+
+
+def test_importing_the_package_waits_neither_for_jax_nor_for_nnx():
+    assert not packages_in_memory("mbn_jax") & LIBRARY_PACKAGES
+    assert packages_in_memory("mbn_jax.nnx") >= {"jax", "flax"}
 
 
 def test_the_extra_has_what_the_framework_imports_and_no_more():

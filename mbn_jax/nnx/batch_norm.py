@@ -31,7 +31,7 @@ def from_batch_norm(batch_norm: nnx.Module, model: nnx.Module) -> None:
     >>> layer.count[:, 0].tolist()
     [1.0, 0.0, 0.0]
     """
-    write(model, leaves_of(started_from(_variables(batch_norm), _variables(model))))
+    _write_collections(model, started_from(_collections(batch_norm), _collections(model)))
 
 
 def to_batch_norm(model: nnx.Module, batch_norm: nnx.Module) -> None:
@@ -58,9 +58,17 @@ def to_batch_norm(model: nnx.Module, batch_norm: nnx.Module) -> None:
     >>> norm.mean[...].tolist(), norm.var[...].tolist()
     ([2.0], [2.0])
     """
-    write(batch_norm, leaves_of(started_from(folded(_variables(model)), _variables(batch_norm))))
+    collections = _collections(model)
+    collections["batch_stats"] = folded(collections["batch_stats"])
+    _write_collections(batch_norm, started_from(collections, _collections(batch_norm)))
 
 
-def _variables(model: nnx.Module) -> PyTree:
-    """Returns what a model holds, but its random streams, as nested dicts."""
-    return nested(values_of(nnx.state(model, nnx.Not(nnx.RngState))))
+def _collections(model: nnx.Module) -> dict[str, PyTree]:
+    """Returns what a model holds, but its random streams: nested dicts, statistics apart."""
+    _, stats, others = nnx.state(model, nnx.RngState, nnx.BatchStat, ...)
+    return {"batch_stats": nested(values_of(stats)), "params": nested(values_of(others))}
+
+
+def _write_collections(model: nnx.Module, collections: dict[str, PyTree]) -> None:
+    for collection in collections.values():
+        write(model, leaves_of(collection))

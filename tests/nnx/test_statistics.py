@@ -85,9 +85,9 @@ def test_models_that_differ_are_refused_by_name():
             self.head = nnx.Linear(6, 2, rngs=nnx.Rngs(0))
 
     norm = NORMS["memorized"]
-    with pytest.raises(ValueError, match="differs in head/bias, head/kernel"):
+    with pytest.raises(ValueError, match="differs in params/head/bias, params/head/kernel"):
         from_batch_norm(Other(nnx.BatchNorm), Net(norm))
-    with pytest.raises(ValueError, match="differs in head/bias, head/kernel"):
+    with pytest.raises(ValueError, match="differs in params/head/bias, params/head/kernel"):
         to_batch_norm(Net(norm), Other(nnx.BatchNorm))
 
 
