@@ -232,6 +232,18 @@ def test_what_threads_say_late_of_a_full_disk_is_silent():
     assert "Event loop" not in told.stderr
 
 
+@pytest.mark.slow
+def test_a_run_trains_without_assertions(tmp_path, data_dir):
+    argv = [f"--config={DIGITS}", f"--workdir={tmp_path / 'run'}", "--config.num_epochs=0.1"]
+    argv += ["--config.schedule.warmup_epochs=0.0", "--config.batch_size=8"]
+    argv += [f"--config.dataset.data_dir={data_dir}", "--config.shift.every_steps=10"]
+    trained = subprocess.run(
+        [sys.executable, "-O", "-m", "mbn_jax.main", *argv], capture_output=True, text=True
+    )
+    assert trained.returncode == 0, trained.stderr
+    assert "test error" in trained.stdout
+
+
 def test_help_shows_commands_to_type():
     result = subprocess.run(
         [sys.executable, "-m", "mbn_jax.main", "--help"], capture_output=True, text=True, check=True

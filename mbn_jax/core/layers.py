@@ -123,7 +123,7 @@ def check_memory(
     if is_complex and not jnp.iscomplexobj(memory["mean"]):
         raise ValueError(
             f"{options.layer} got complex inputs, but its memory was initialized with real "
-            "ones; initialize it with complex inputs, or build a layer of nnx with their dtype."
+            "ones; initialize it with complex inputs (in NNX, give it the dtype)."
         )
 
 

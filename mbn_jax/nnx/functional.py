@@ -200,7 +200,7 @@ def _report_axes(model: nnx.Module) -> None:
     """Tells the training step which named axes the layers of a model sync over."""
     for path, module in nnx.iter_modules(model):
         if has_axes(module) and isinstance(getattr(module, "mean", None), nnx.BatchStat):
-            training = not module.use_running_average
+            training = not getattr(module, "use_running_average", False)
             report_call("/".join(names_of(path)), module, training=training)
 
 

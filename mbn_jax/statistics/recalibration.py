@@ -49,9 +49,12 @@ def record_norm_inputs(
     wanted = re.compile(layers)
     is_inside = False
     depth, trace = 0, None
+    is_over = False
 
     def interceptor(call, args, kwargs, context):
         nonlocal depth
+        if is_over:
+            return call(*args, **kwargs)
         depth += 1
         try:
             return record(call, args, kwargs, context)
@@ -91,8 +94,11 @@ def record_norm_inputs(
         finally:
             is_inside = False
 
-    with nn.intercept_methods(interceptor):
-        yield recorded
+    try:
+        with nn.intercept_methods(interceptor):
+            yield recorded
+    finally:
+        is_over = True  # Under `python -O` flax leaves the interceptor in place.
 
 
 def _input_moments(

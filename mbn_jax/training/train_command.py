@@ -5,11 +5,13 @@ import contextlib
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-
-from ml_collections import ConfigDict
+from typing import TYPE_CHECKING
 
 from mbn_jax.command_line import add_config_fields, command_parser, folder, parse_with_fields
 from mbn_jax.errors import ExitStatus, UserError
+
+if TYPE_CHECKING:
+    from ml_collections import ConfigDict
 
 CONFIG = "configs/digits.py"
 EXAMPLE = f"mbn-train --config={CONFIG} --workdir=runs/digits"
@@ -82,7 +84,7 @@ def train_command(argv: Sequence[str]) -> int:
     return ExitStatus.DONE
 
 
-def _settings(config: ConfigDict) -> str:
+def _settings(config: "ConfigDict") -> str:
     """Returns in words which preset runs."""
     from mbn_jax.training.loop import norm_title
     from mbn_jax.training.presets import PRESETS, preset_of
