@@ -85,6 +85,7 @@ def map_layers(
     function: Callable[[tuple[str, ...], PyTree], PyTree],
     batch_stats: PyTree,
     others: Callable[[tuple[str, ...], Array], Any] = lambda _, x: x,
+    are_statistics: Callable[[tuple[str, ...]], bool] = lambda path: True,
 ) -> PyTree:
     """Returns `batch_stats` with `function(path, statistics)` in place of each layer's.
 
@@ -92,6 +93,8 @@ def map_layers(
       function: takes the names that lead to a layer, and what the layer keeps.
       batch_stats: nested dicts.
       others: takes the names that lead to an array that belongs to no such layer, and the array.
+      are_statistics: whether arrays at a path can be a layer's statistics: parameters may be called
+        'mean' and 'var' too.
 
     >>> map_layers(lambda path, stats: stats['mean'], {'a': {'norm': {'mean': 0, 'var': 1}}})
     {'a': {'norm': 0}}
@@ -100,8 +103,10 @@ def map_layers(
     def visit(path: tuple[str, ...], tree: PyTree) -> PyTree:
         if not isinstance(tree, Mapping):
             return others(path, tree)
-        if {"mean", "var"} <= set(tree) and not isinstance(tree["mean"], Mapping):
-            return function(path, tree)  # Not a module with layers of these names.
+        # Not a module with layers of these names.
+        has_moments = {"mean", "var"} <= set(tree) and not isinstance(tree["mean"], Mapping)
+        if has_moments and are_statistics(path):
+            return function(path, tree)
         return {name: visit((*path, name), child) for name, child in tree.items()}
 
     return visit((), batch_stats)

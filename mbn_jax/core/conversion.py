@@ -49,8 +49,7 @@ def started_from(
       batch_norm: nested dicts of arrays of the network with `BatchNorm`.
       variables: those of the new network.
       renamed: gives the name in `batch_norm` of each name in `variables`.
-      are_statistics: whether arrays at a path can be a layer's statistics. Others may be called
-        'mean' and 'var' too.
+      are_statistics: as for `map_layers`.
 
     Raises:
       ValueError: where the two are not of the same network, naming what differs.
@@ -62,14 +61,12 @@ def started_from(
     def contents(tree: PyTree) -> tuple[dict[str, PyTree], dict[str, Array]]:
         """Returns the statistics of layers and all other arrays, by path."""
         layers, others = {}, {}
-
-        def keep(path: tuple[str, ...], stats: PyTree) -> None:
-            if are_statistics(path):
-                layers[name(path)] = stats
-            else:
-                others.update({name((*path, key)): x for key, x in stats.items()})
-
-        map_layers(keep, tree, lambda path, x: others.update({name(path): x}))
+        map_layers(
+            lambda path, stats: layers.update({name(path): stats}),
+            tree,
+            lambda path, x: others.update({name(path): x}),
+            are_statistics,
+        )
         return layers, others
 
     (old_layers, old), (layers, new) = contents(batch_norm), contents(variables)
@@ -83,8 +80,6 @@ def started_from(
         )
 
     def start(path: tuple[str, ...], layer_stats: PyTree) -> PyTree:
-        if not are_statistics(path):
-            return {key: old[name((*path, key))] for key in layer_stats}
         found = old_layers[name(path)]
         mean, var = jnp.asarray(found["mean"]), jnp.asarray(found["var"])
         expected = moments_shape(layer_stats)
@@ -95,4 +90,4 @@ def started_from(
             )
         return with_moments(layer_stats, Moments(mean, var, jnp.ones_like(var)))
 
-    return map_layers(start, variables, lambda path, _: old[name(path)])
+    return map_layers(start, variables, lambda path, _: old[name(path)], are_statistics)

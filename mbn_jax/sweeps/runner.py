@@ -207,7 +207,7 @@ class Runner:
                 _record_end(trial, folder, store.FAILED, reason=reason)
                 raise
             _record_end(trial, folder, store.FINISHED)
-        return selection_metric(values) or 0.0
+        return values["test_error"] if "test_error" in values else values["test_loss"]
 
     def _train(
         self, trial: optuna.Trial, device: jax.Device, folder: pathlib.Path

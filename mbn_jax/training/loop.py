@@ -22,6 +22,7 @@ from mbn_jax.training.hparams import HParams
 from mbn_jax.training.intervals import Intervals
 from mbn_jax.training.norms import is_endless
 from mbn_jax.training.passes import evaluate, recalibrate, train_pass
+from mbn_jax.training.presets import PRESETS, preset_of
 from mbn_jax.training.program import Program, Programs
 from mbn_jax.training.reporting import (
     Reporter,
@@ -82,6 +83,9 @@ def train(
             on_record=on_record,
             silent=jax.process_index() > 0,
         )
+    preset = preset_of(config)
+    name = f"preset {preset}" if preset else f"no preset ({' or '.join(PRESETS)})"
+    reporter.say(f"{name}: {norm_title(config)}")
     if start.step:
         reporter.say(f"resumed from the checkpoint of step {start.step}")
     run = Run(program, config, workdir, reporter, Intervals.of(program.task, config))

@@ -5,13 +5,9 @@ import contextlib
 import pathlib
 import sys
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
 from mbn_jax.command_line import add_config_fields, command_parser, folder, parse_with_fields
 from mbn_jax.errors import ExitStatus, UserError
-
-if TYPE_CHECKING:
-    from ml_collections import ConfigDict
 
 CONFIG = "configs/digits.py"
 EXAMPLE = f"mbn-train --config={CONFIG} --workdir=runs/digits"
@@ -63,8 +59,6 @@ def train_command(argv: Sequence[str]) -> int:
     from mbn_jax.training.divergence import DivergenceError
     from mbn_jax.training.loop import run_title, train
 
-    if jax.process_index() == 0:
-        print(f"mbn-train: {_settings(config)}", file=sys.stderr)
     try:
         with _only_writer(workdir), stop_on_sigterm() as stop_asked:
             values = train(config, workdir, stop_asked=stop_asked)
@@ -82,16 +76,6 @@ def train_command(argv: Sequence[str]) -> int:
             f"{args.workdir}/curves.png"
         )
     return ExitStatus.DONE
-
-
-def _settings(config: "ConfigDict") -> str:
-    """Returns in words which preset runs."""
-    from mbn_jax.training.loop import norm_title
-    from mbn_jax.training.presets import PRESETS, preset_of
-
-    preset = preset_of(config)
-    name = f"preset {preset}" if preset else f"no preset ({' or '.join(PRESETS)})"
-    return f"{name}: {norm_title(config)}"
 
 
 def _results(values: Mapping[str, float]) -> str:

@@ -290,7 +290,7 @@ def test_devices_train_as_one_with_the_whole_batch(kind, mode):
     ("layer_axis", "options", "message"),
     [
         (None, {"axis_name": "data"}, "keep statistics of their own on each device: norm"),
-        ("data", {}, "sync over 'data', and make_train_step has no axis_name"),
+        ("data", {}, "sync over 'data', and make_train_step has axis_name=None"),
         ("other", {"axis_name": "data"}, "not bound"),
     ],
 )

@@ -59,11 +59,11 @@ def batch_of(size, seed=0):
     return {"x": x.astype(np.float32), "y": rng.integers(0, 3, size).astype(np.int32)}
 
 
-def run(norm, *, runtime=None, steps=3, size=32):
+def run(norm, *, runtime=None, steps=3, size=32, **options):
     """Trains a few steps on all devices, or without a runtime on one; returns the state."""
     model, tx = Net(norm), optax.sgd(0.2, momentum=0.9)
     axis_name = AXIS_NAME if runtime else None
-    step = make_train_step(model.apply, tx, loss_fn, axis_name=axis_name)
+    step = make_train_step(model.apply, tx, loss_fn, axis_name=axis_name, **options)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 5)), train=False)
     state = TrainState.create(variables, tx, jax.random.key(1))
     if not runtime:
@@ -103,13 +103,15 @@ def test_eight_synced_devices_equal_one(norm):
 @pytest.mark.parametrize("sync", [True, False])
 def test_both_runtimes_give_the_same_bits(sync):
     norm = functools.partial(NORMS["memorized"], axis_name=AXIS_NAME if sync else None)
-    (a, a_metrics), (b, b_metrics) = (run(norm, runtime=runtime) for runtime in RUNTIMES)
+    (a, a_metrics), (b, b_metrics) = (
+        run(norm, runtime=runtime, local_statistics=not sync) for runtime in RUNTIMES
+    )
     assert_close((a.params, a.batch_stats, a_metrics), (b.params, b.batch_stats, b_metrics), atol=0)
 
 
 @pytest.mark.parametrize("runtime", RUNTIMES)
 def test_local_statistics_of_every_device_survive_and_pool_to_those_of_the_whole(runtime):
-    state, _ = run(NORMS["memorized"], runtime=runtime, steps=1)
+    state, _ = run(NORMS["memorized"], runtime=runtime, steps=1, local_statistics=True)
     memory = state.batch_stats["MemorizedBatchNorm_0"]
     means = np.asarray(memory["mean"])[:, 0]
     assert means.shape == (DEVICES, 6)
@@ -142,7 +144,7 @@ def test_groups_of_devices_share_statistics():
     groups = [[0, 1, 2, 3], [4, 5, 6, 7]]
     norm = functools.partial(NORMS["memorized"], axis_name=AXIS_NAME, axis_index_groups=groups)
     for runtime in RUNTIMES:
-        state, _ = run(norm, runtime=runtime)
+        state, _ = run(norm, runtime=runtime, local_statistics=True)
         means = np.asarray(state.batch_stats["MemorizedBatchNorm_0"]["mean"])
         for group in groups:
             assert (means[group] == means[group[0]][None]).all()
@@ -289,6 +291,7 @@ def test_collectives_of_a_step(sync, second_forward, of_a_layer):
         optax.sgd(0.1),
         stepping.loss_fn,
         axis_name=AXIS_NAME,
+        local_statistics=not sync.startswith("all"),
         **SECOND_FORWARDS[second_forward],
     )
     for runtime in RUNTIMES:

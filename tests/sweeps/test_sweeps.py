@@ -581,7 +581,7 @@ def test_dry_run_shows_the_members_and_writes_nothing(write_sweep, tmp_path, cap
     assert json.loads(lines[0]) == {"norm.gradient": "auto", "batch_size": 8, "seed": 0}
     assert lines[-1].startswith("8 members, 4 compilations of the step on each of 8 devices, about")
     assert "(measured 2 of the 4 programs; each other was taken to be as fast as" in lines[-1]
-    assert "same dataset, model, batch_size, double_forward, shift and runtime)" in lines[-1]
+    assert "same dataset, model, loss, batch_size, double_forward, shift and runtime)" in lines[-1]
     assert not (tmp_path / "sweep").exists()
 
 

@@ -207,7 +207,12 @@ def put_garbage_in_the_middle(path):
 @pytest.mark.parametrize(
     ("name", "damage", "of_training", "of_evaluation"),
     [
-        ("config.json", flip_a_bit, "config.json is damaged|another config", "damaged|another"),
+        (
+            "config.json",
+            flip_a_bit,
+            "config.json is damaged|another config|must be",
+            "damaged|another|must be",
+        ),
         ("config.json", cut_in_half, "config.json is damaged", "config.json is damaged"),
         ("config.json", pathlib.Path.unlink, None, "it has no config.json"),
         ("config.json", change_a_digit, "norm.decay was 0.93 and is 0.97", "decay was 0.97 and is"),
