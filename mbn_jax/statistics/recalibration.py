@@ -144,6 +144,7 @@ def recalibrate(apply: Callable[..., Any], variables: PyTree, batches: Iterable[
     References:
       Wu and Johnson, "Rethinking 'Batch' in BatchNorm" (arXiv 2105.07576), section 3: PreciseBN.
 
+    >>> import jax.numpy as jnp
     >>> layer = nn.BatchNorm(use_running_average=True, use_scale=False, use_bias=False)
     >>> batches = [jnp.array([[0.0], [2.0]]), jnp.array([[4.0], [6.0]])]
     >>> variables = layer.init(jax.random.key(0), batches[0])

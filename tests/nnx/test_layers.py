@@ -160,14 +160,20 @@ def test_the_memory_size_of_a_model_is_changed_without_compiling_again():
     [layer] = model.layers
     for seed in range(4):
         layer(normal(8, 3, seed=seed, mean=seed), use_running_average=False)
-    compiled = nnx.jit(lambda model, x: model(x))
-    outputs = []
+    outputs, traces = [], []
+
+    @nnx.jit
+    def compiled(model, x):
+        traces.append(x)
+        return model(x)
+
     for size in (1, 4):
         model.set_attributes(memory_size=nnx.data(jnp.asarray(size)))
         outputs.append(compiled(model, normal(8, 3)))
         fixed = nnx.clone(model)
         fixed.layers[0].memory_size = nnx.static(size)
         np.testing.assert_allclose(outputs[-1], fixed(normal(8, 3)), atol=1e-6)
+    assert len(traces) == 1
     assert not np.allclose(*outputs)
 
 
