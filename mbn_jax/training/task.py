@@ -1,5 +1,6 @@
 """What a configuration stands for: its data, network and optimizer."""
 
+import contextlib
 import dataclasses
 import functools
 import threading
@@ -160,8 +161,7 @@ class Task:
         Args:
           hparams: memory size and decay of its norms.
           norm: factory of its norms; default: the one of the config.
-          remat: replaces `config.model.remat`. False lets the network's layers be intercepted,
-            which `nn.remat` does not allow.
+          remat: replaces `config.model.remat`; False lets the layers be intercepted.
         """
         norm = norm or build_norm(self.config, hparams, self.num_devices, self.total_steps)
         config = self.config
@@ -259,13 +259,17 @@ def _check_network(task: Task) -> dict[str, Any]:
         return norm(*args, **kwargs)
 
     def evaluate(hparams: HParams) -> EvalTotals:
-        model = task.model(hparams, norm=counted)
+        model = task.model(hparams, norm=counted, remat=False if measures_shift else None)
         _, found = task.init_variables(model, jax.random.key(0), size=2)
         check_eval_metrics(found, 2)
         return masked_sums(found, jnp.ones(2, bool))
 
+    measures_shift = config.shift.every_steps > 0  # Only this has to look into the layers.
+    recording: contextlib.AbstractContextManager[dict] = contextlib.nullcontext({})
+    if measures_shift:
+        recording = record_norm_inputs(task.norm_layers, config.shift.layers)
     try:
-        with record_norm_inputs(task.norm_layers, config.shift.layers) as layers:
+        with recording as layers:
             totals = jax.eval_shape(evaluate, hparams)
         if not calls:
             raise ValueError(
@@ -278,7 +282,7 @@ def _check_network(task: Task) -> dict[str, Any]:
         raise
     except expected as error:
         raise UserError(_explained(task, error)) from error
-    if config.shift.every_steps and not layers:
+    if measures_shift and not layers:
         raise UserError(
             f"shift.layers={config.shift.layers!r} matches no normalization layer of "
             f"{config.model.name!r}; '' matches all."
