@@ -21,13 +21,13 @@ every_mode = pytest.mark.parametrize("mode", MODES)
 
 
 def created(model, tx, x):
-    variables = model.init(jax.random.key(0), x, train=False)
+    variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), x)
     return TrainState.create(variables, tx, jax.random.key(1))
 
 
 def step_with(loss, mode="rewrite", norm=memorized, tx=None, **options):
     model, tx, x = Net(norm), tx or optax.sgd(0.1), batches(1)[0]
-    step = make_train_step(model.apply, tx, loss, double_forward=mode, **options)
+    step = jax.jit(make_train_step(model.apply, tx, loss, double_forward=mode, **options))
     return step(created(model, tx, x), x)
 
 
@@ -78,7 +78,7 @@ def test_two_applies_move_every_slot_to_where_its_batch_is():
     tx = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
     model, data = Net(functools.partial(MemorizedBatchNorm, memory_size=6)), pairs(3)
     state = created(model, tx, data[0][0])
-    step = make_train_step(model.apply, tx, siamese_loss, double_forward="transport")
+    step = jax.jit(make_train_step(model.apply, tx, siamese_loss, double_forward="transport"))
     for pair in data:
         state, _ = step(state, pair)
     dense = state.params["Dense_0"]
@@ -95,7 +95,8 @@ def test_two_applies_are_those_of_a_loop_by_hand():
     for x in data[0]:
         _, updates = model.apply(variables, x, train=True, mutable=["batch_stats"])
         variables |= updates
-    after = make_train_step(model.apply, tx, siamese_loss, double_forward="off")(state, data[0])[0]
+    step = jax.jit(make_train_step(model.apply, tx, siamese_loss, double_forward="off"))
+    after = step(state, data[0])[0]
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6),
         after.batch_stats,
@@ -118,7 +119,9 @@ def test_two_applies_draw_different_dropout_and_the_second_forward_draws_it_agai
     model, tx, x = Dropped(), optax.sgd(0.0), batches(1)[0]
     state = created(model, tx, x)
     means = [
-        stats_of(make_train_step(model.apply, tx, loss, double_forward=mode)(state, x)[0])["mean"]
+        stats_of(jax.jit(make_train_step(model.apply, tx, loss, double_forward=mode))(state, x)[0])[
+            "mean"
+        ]
         for mode in ("off", "rewrite")
     ]
     np.testing.assert_allclose(*means, rtol=1e-6)  # At rate 0; rounded alike.
@@ -287,7 +290,7 @@ def test_names_may_be_given_as_one_text():
     variables = model.init(jax.random.key(0), x, train=False)
     del variables["losses"]
     state = TrainState.create(variables, tx, jax.random.key(1))
-    step = make_train_step(model.apply, tx, loss, mutable="losses", rng_names="noise")
+    step = jax.jit(make_train_step(model.apply, tx, loss, mutable="losses", rng_names="noise"))
     assert step(state, x)[1]["loss"] > 99
 
 
@@ -424,7 +427,7 @@ def test_on_a_mesh_of_two_axes_step_and_layers_name_both(of_layer, of_step, mess
             jax.jit(step)(state, x[0])
         return
     plain = Net()
-    expected, _ = make_train_step(plain.apply, tx, loss_fn)(state, x[0])
+    expected, _ = jax.jit(make_train_step(plain.apply, tx, loss_fn))(state, x[0])
     # Sums over devices in another order.
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
