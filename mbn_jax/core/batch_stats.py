@@ -5,7 +5,7 @@ Works on the statistics of `MemorizedBatchNorm`, `BatchRenorm` and `flax.linen.B
 itself: `rule` (a memory), `steps` (`BatchRenorm`), `groups` (`VirtualBatches`).
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -248,6 +248,31 @@ def add_moments(totals: dict[str, Moments], recorded: dict[str, Moments]) -> dic
     if not totals:
         return recorded
     return {layer: pool_two(totals[layer], moments) for layer, moments in recorded.items()}
+
+
+def moments_over(
+    batches: Iterable[PyTree], add_batch: Callable[..., dict[str, Moments]], package: str
+) -> dict[str, Moments]:
+    """Returns the moments of the layers' inputs over batches, by layer.
+
+    Args:
+      batches: one or more.
+      add_batch: `add_batch(totals, batch=batch)` returns the totals with a batch in them.
+      package: the package whose layers are looked for, for the message.
+
+    Raises:
+      ValueError: without batches, or where no layer is called.
+    """
+    totals: dict[str, Moments] = {}
+    count = 0
+    for count, batch in enumerate(batches, start=1):  # noqa: B007
+        totals = add_batch(totals, batch=batch)
+    if not totals:
+        raise ValueError(
+            "Statistics are computed from one batch or more, by a model that calls BatchNorm or a "
+            f"layer of {package}; got {count} batches, and no such call."
+        )
+    return totals
 
 
 def recalibrated(batch_stats: PyTree, moments: dict[str, Moments]) -> PyTree:

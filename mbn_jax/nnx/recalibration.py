@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from mbn_jax.core.batch_stats import add_moments, recalibrated, with_moments
+from mbn_jax.core.batch_stats import add_moments, moments_over, recalibrated, with_moments
 from mbn_jax.core.double_forward import RECORDS
 from mbn_jax.core.moments import Array, Moments, pool_two
 from mbn_jax.core.normalization import input_moments
@@ -67,15 +67,7 @@ def recalibrate(
         }
         return add_moments(totals, recorded)
 
-    totals: dict[str, Moments] = {}
-    count = 0
-    for count, batch in enumerate(batches, start=1):  # noqa: B007
-        totals = add_batch(totals, variables, batch)
-    if not totals:
-        raise ValueError(
-            "Statistics are computed from one batch or more, by a model that calls BatchNorm or a "
-            f"layer of mbn_jax.nnx; got {count} batches, and no such call."
-        )
+    totals = moments_over(batches, functools.partial(add_batch, variables=variables), "mbn_jax.nnx")
     batch_stats = nested(values_of(nnx.state(model, nnx.BatchStat)))
     write(model, leaves_of(recalibrated(batch_stats, totals)))
 

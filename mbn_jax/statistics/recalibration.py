@@ -1,6 +1,7 @@
 """What goes into the normalization layers of any model: recorded, and made their statistics."""
 
 import contextlib
+import functools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -9,7 +10,7 @@ import jax
 from flax import linen as nn
 from flax.core import tracers
 
-from mbn_jax.core.batch_stats import add_moments, recalibrated, with_moments
+from mbn_jax.core.batch_stats import add_moments, moments_over, recalibrated, with_moments
 from mbn_jax.core.moments import Array, AxisName, Moments, pool_two
 from mbn_jax.core.normalization import input_moments
 from mbn_jax.linen.batch_renorm import BatchRenorm
@@ -161,13 +162,5 @@ def recalibrate(apply: Callable[..., Any], variables: PyTree, batches: Iterable[
             apply(variables, batch, mutable=["batch_stats"])
         return add_moments(totals, recorded)
 
-    totals: dict[str, Moments] = {}
-    count = 0
-    for count, batch in enumerate(batches, start=1):  # noqa: B007
-        totals = add_batch(totals, variables, batch)
-    if not totals:
-        raise ValueError(
-            "Statistics are computed from one batch or more, by a model that calls BatchNorm or a "
-            f"layer of mbn_jax; got {count} batches, and no such call."
-        )
+    totals = moments_over(batches, functools.partial(add_batch, variables=variables), "mbn_jax")
     return recalibrated(variables["batch_stats"], totals)
