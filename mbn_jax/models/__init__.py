@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from mbn_jax.errors import UserError
 from mbn_jax.models.convnet import ConvNet
+from mbn_jax.models.convolution import CONVOLUTIONS
 from mbn_jax.models.resnet import RESNETS
 from mbn_jax.models.vgg import VGG16
 from mbn_jax.names import accepted, kwargs_of, named, only_accepted, takes
@@ -27,7 +28,7 @@ def build_model(
 ) -> nn.Module:
     """Builds the network that `config.model` names.
 
-    It gets `norm`, `model.kwargs`, and of `num_classes`, `dtype` and `remat` what it takes.
+    It gets `norm`, `model.kwargs`, and of `num_classes`, `dtype`, `remat` and `conv` what it takes.
 
     Args:
       config: run configuration.
@@ -42,12 +43,17 @@ def build_model(
     """
     options = config.model
     factory = named(options.name, MODELS, "model.name")
-    shared = {"dtype": jnp.dtype(options.dtype), "remat": options.remat}
+    shared = {
+        "dtype": jnp.dtype(options.dtype),
+        "remat": options.remat,
+        "conv": CONVOLUTIONS[options.conv],
+    }
     if num_classes is not None:
         shared["num_classes"] = num_classes
     taken = accepted(factory)
-    for name, asked in (("dtype", options.dtype != "float32"), ("remat", options.remat)):
-        if asked and name not in taken:
+    defaults = {"dtype": "float32", "remat": False, "conv": "plain"}
+    for name, default in defaults.items():
+        if options[name] != default and name not in taken:
             raise UserError(
                 f"model.{name}={options[name]} needs a network with the argument {name}, and "
                 f"{options.name!r} has none; leave model.{name} out."

@@ -21,6 +21,7 @@ class ConvNet(nn.Module):
       norm: factory of normalization layers, called with `use_running_average`.
       features: channels of each convolution.
       remat: whether the backward pass recomputes normalization and activation.
+      conv: factory of convolutions, called as `nn.Conv` is.
       dtype: dtype of the computation.
 
     >>> from mbn_jax import MemorizedBatchNorm
@@ -35,6 +36,7 @@ class ConvNet(nn.Module):
     norm: Callable[..., nn.Module]
     features: Sequence[int] = (16, 32, 32, 64)
     remat: bool = False
+    conv: Callable[..., nn.Module] = nn.Conv
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -50,5 +52,5 @@ class ConvNet(nn.Module):
         return nn.Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)
 
     def _layer(self, x: jax.Array, *, features: int, stride: int, train: bool) -> jax.Array:
-        x = nn.Conv(features, (3, 3), stride, use_bias=False, dtype=self.dtype)(x)
+        x = self.conv(features, (3, 3), stride, use_bias=False, dtype=self.dtype)(x)
         return nn.relu(self.norm(use_running_average=not train)(x))

@@ -21,6 +21,7 @@ class ResidualBlock(nn.Module):
       shortcut: where the shape changes, 'pad' (option A: every other pixel, new channels 0, no
         parameters) or 'projection' (option B: a strided 1x1 convolution and a norm).
       zero_init_last_scale: whether the block starts as its shortcut.
+      conv: factory of convolutions, called as `nn.Conv` is.
       dtype: dtype of the computation.
     """
 
@@ -29,6 +30,7 @@ class ResidualBlock(nn.Module):
     norm: Callable[..., nn.Module]
     shortcut: str = "projection"
     zero_init_last_scale: bool = False
+    conv: Callable[..., nn.Module] = nn.Conv
     dtype: Any = jnp.float32
 
     def _add_shortcut(self, x: jax.Array, y: jax.Array, *, train: bool) -> jax.Array:
@@ -40,8 +42,8 @@ class ResidualBlock(nn.Module):
             x = x[:, :: self.stride, :: self.stride]
             x = jnp.pad(x, ((0, 0), (0, 0), (0, 0), (0, y.shape[-1] - x.shape[-1])))
         elif x.shape != y.shape:
-            conv = nn.Conv(y.shape[-1], (1, 1), self.stride, use_bias=False, dtype=self.dtype)
-            x = norm()(conv(x))
+            conv = functools.partial(self.conv, use_bias=False, dtype=self.dtype)
+            x = norm()(conv(y.shape[-1], (1, 1), self.stride)(x))
         return nn.relu(y + x)
 
 
@@ -51,7 +53,7 @@ class BasicBlock(ResidualBlock):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Returns `[batch, height / stride, width / stride, features]`."""
-        conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
+        conv = functools.partial(self.conv, use_bias=False, dtype=self.dtype)
         norm = functools.partial(self.norm, use_running_average=not train)
         y = nn.relu(norm()(conv(self.features, (3, 3), self.stride)(x)))
         return self._add_shortcut(x, conv(self.features, (3, 3))(y), train=train)
@@ -63,7 +65,7 @@ class BottleneckBlock(ResidualBlock):
     @nn.compact
     def __call__(self, x: jax.Array, *, train: bool) -> jax.Array:
         """Returns `[batch, height / stride, width / stride, 4 features]`."""
-        conv = functools.partial(nn.Conv, use_bias=False, dtype=self.dtype)
+        conv = functools.partial(self.conv, use_bias=False, dtype=self.dtype)
         norm = functools.partial(self.norm, use_running_average=not train)
         y = nn.relu(norm()(conv(self.features, (1, 1))(x)))
         y = nn.relu(norm()(conv(self.features, (3, 3), self.stride)(y)))
@@ -84,6 +86,7 @@ class ResNet(nn.Module):
       zero_init_last_scale: as for `ResidualBlock`.
       remat: whether the backward pass recomputes normalization and activation, stage by
         stage.
+      conv: factory of convolutions, called as `nn.Conv` is.
       dtype: dtype of the computation.
 
     References:
@@ -106,6 +109,7 @@ class ResNet(nn.Module):
     shortcut: str = "projection"
     zero_init_last_scale: bool = False
     remat: bool = False
+    conv: Callable[..., nn.Module] = nn.Conv
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -119,7 +123,7 @@ class ResNet(nn.Module):
         return nn.Dense(self.num_classes, dtype=self.dtype)(x).astype(jnp.float32)
 
     def _stem(self, x: jax.Array, *, train: bool) -> jax.Array:
-        conv = functools.partial(nn.Conv, self.features, use_bias=False, dtype=self.dtype)
+        conv = functools.partial(self.conv, self.features, use_bias=False, dtype=self.dtype)
         x = x.astype(self.dtype)
         x = conv((7, 7), 2, padding=3)(x) if self.large_images else conv((3, 3))(x)
         x = nn.relu(self.norm(use_running_average=not train)(x))
@@ -135,6 +139,7 @@ class ResNet(nn.Module):
                 self.norm,
                 self.shortcut,
                 self.zero_init_last_scale,
+                self.conv,
                 self.dtype,
             )(x, train=train)
         return x

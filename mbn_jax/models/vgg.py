@@ -23,6 +23,7 @@ class VGG16(nn.Module):
       num_classes: outputs of the classifier.
       norm: factory of normalization layers, called with `use_running_average`.
       remat: whether the backward pass recomputes normalization and activation.
+      conv: factory of convolutions, called as `nn.Conv` is.
       dtype: dtype of the computation.
 
     References:
@@ -33,6 +34,7 @@ class VGG16(nn.Module):
     num_classes: int
     norm: Callable[..., nn.Module]
     remat: bool = False
+    conv: Callable[..., nn.Module] = nn.Conv
     dtype: Any = jnp.float32
 
     @nn.compact
@@ -47,6 +49,6 @@ class VGG16(nn.Module):
 
     def _stage(self, x: jax.Array, *, features: int, count: int, train: bool) -> jax.Array:
         for _ in range(count):
-            x = nn.Conv(features, (3, 3), use_bias=False, dtype=self.dtype)(x)
+            x = self.conv(features, (3, 3), use_bias=False, dtype=self.dtype)(x)
             x = nn.relu(self.norm(use_running_average=not train)(x))
         return nn.max_pool(x, (2, 2), (2, 2))

@@ -11,6 +11,7 @@ from mbn_jax.core.double_forward import DOUBLE_FORWARD
 from mbn_jax.core.gradient import GRADIENTS
 from mbn_jax.datasets.find import DATASETS
 from mbn_jax.models import MODELS
+from mbn_jax.models.convolution import CONVOLUTIONS
 from mbn_jax.names import import_path
 from mbn_jax.parallel.devices import RUNTIMES
 from mbn_jax.training.config_files import with_free_kwargs
@@ -75,6 +76,7 @@ FIELDS = {
     "model.features": Field((16, 32, 32, 64), WIDTHS, "channels of each layer of 'convnet'"),
     "model.zero_init_last_scale": Field(False, ANY, "residual blocks start as the identity"),
     "model.remat": Field(False, ANY, "keep less for the backward pass, recompute it there"),
+    "model.conv": Field("plain", choice(CONVOLUTIONS), "kernels: as they are, or of mean 0"),
     "model.dtype": Field("float32", choice(("float32", "bfloat16")), "dtype of the computation"),
     # Normalization.
     "norm.name": Field("memorized", name_of(NORMS), "normalization layer"),
@@ -83,7 +85,7 @@ FIELDS = {
     "norm.sync": Field("sync", choice(SYNCS), "devices that share statistics: all, groups, none"),
     "norm.sync_group_size": Field(1, at_least(1), "devices in a group of norm.sync='group'"),
     "norm.virtual_batch_size": Field(0, at_least(0), "examples normalized together; 0: all"),
-    "norm.momentum": Field(0.9, BELOW_ONE, "of the moving averages of 'batch' and 'batch_renorm'"),
+    "norm.momentum": Field(0.9, BELOW_ONE, "of moving averages ('batch' and its kin)"),
     "norm.num_groups": Field(8, at_least(1), "groups of channels of 'group'"),
     "norm.memory_size": Field(64, MEMORY_SIZE, "batches in the memory; 0: a memory without end"),
     "norm.memory_capacity": Field(0, at_least(0), "slots of the memory; 0: norm.memory_size"),

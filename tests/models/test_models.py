@@ -6,10 +6,12 @@ import itertools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from mbn_jax import MemorizedBatchNorm
 from mbn_jax.models import MODELS, build_model
+from mbn_jax.models.convolution import centered, standardized
 from mbn_jax.training.config import default_config
 from mbn_jax.training.hparams import HParams
 from mbn_jax.training.norms import LAYERS, NORMS, build_norm
@@ -124,3 +126,46 @@ def test_with_the_last_scale_at_zero_a_block_starts_as_its_shortcut(name):
     assert len(scales) == sum(model.stage_sizes)
     assert all((scale == 0).all() for scale in scales)
     assert (first[last]["__call__"][0] == 0).all()
+
+
+@pytest.mark.parametrize("name", ONE_OF_EACH_KIND)
+@pytest.mark.parametrize("conv", ["centered", "standardized"])
+def test_kernels_are_changed_where_they_are_used_and_not_where_they_are_kept(name, conv):
+    config = default_config()
+    config.model.name, config.model.conv = name, conv
+    images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
+    models = [
+        build_model(config, num_classes=3, norm=nn.BatchNorm),
+        build_model(default_config_of(name), num_classes=3, norm=nn.BatchNorm),
+    ]
+    variables = models[0].init(jax.random.key(0), images, train=False)
+    expected = models[1].init(jax.random.key(0), images, train=False)
+    jax.tree.map(np.testing.assert_array_equal, variables, expected)
+
+    def changed(path, leaf):
+        is_kernel = leaf.ndim == 4
+        return CHANGES[conv](leaf) if is_kernel else leaf
+
+    by_hand = jax.tree_util.tree_map_with_path(changed, variables)
+    apply = [jax.jit(functools.partial(model.apply, train=False)) for model in models]
+    logits = apply[0](variables, images)
+    # The same arithmetic, up to how the compiler fuses it.
+    np.testing.assert_allclose(logits, apply[1](by_hand, images), rtol=1e-4, atol=1e-4)
+    assert not np.allclose(logits, apply[1](variables, images), rtol=1e-2)
+
+
+CHANGES = {"centered": centered, "standardized": standardized}
+
+
+def default_config_of(name):
+    config = default_config()
+    config.model.name = name
+    return config
+
+
+def test_kernels_are_centered_and_standardized_as_numpy_does_it():
+    kernel = np.random.default_rng(0).normal(2, 3, size=(3, 3, 4, 5))
+    mean, std = kernel.mean((0, 1, 2)), kernel.std((0, 1, 2))
+    found = centered(jnp.float32(kernel)), standardized(jnp.float32(kernel))
+    np.testing.assert_allclose(found[0], kernel - mean, atol=1e-5)
+    np.testing.assert_allclose(found[1], (kernel - mean) / std / 6, atol=1e-6)
