@@ -158,8 +158,28 @@ class NormOptions:
         y = _promoted(jnp.subtract, x, jnp.expand_dims(center, axes))
         y = _multiply(y, jnp.expand_dims(multiplier, axes))
         y = _promoted(jnp.add, y, jnp.expand_dims(shift, axes))
+        return y.astype(self.result_dtype(x, scale, bias))
+
+    def scaled(self, x: Array, z: Array, *, scale: Array | None, bias: Array | None) -> Array:
+        """Returns z * scale + bias, in the dtype of the layer's result.
+
+        Args:
+          x: inputs.
+          z: the inputs normalized.
+          scale: `[*F]`, or None.
+          bias: `[*F]`, or None.
+        """
+        axes = self.reduced_axes(z.ndim)
+        if scale is not None:
+            z = _multiply(z, jnp.expand_dims(scale, axes))
+        if bias is not None:
+            z = _promoted(jnp.add, z, jnp.expand_dims(bias, axes))
+        return z.astype(self.result_dtype(x, scale, bias))
+
+    def result_dtype(self, x: Array, scale: Array | None, bias: Array | None) -> Any:
+        """Returns the dtype of the layer's result: `dtype`, or from inputs and parameters."""
         used = [value for value in (x, scale, bias) if value is not None]
-        return y.astype(self.dtype or common_dtype(*(value.dtype for value in used)))
+        return self.dtype or common_dtype(*(value.dtype for value in used))
 
 
 def canonical_axes(rank: int, axis: int | Sequence[int]) -> tuple[int, ...]:

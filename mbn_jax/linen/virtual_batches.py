@@ -12,6 +12,7 @@ from mbn_jax.core.double_forward import (
     current_forwards,
 )
 from mbn_jax.core.moments import Array
+from mbn_jax.core.moving_average import BACKWARD_SUMS
 from mbn_jax.linen.layer import is_inference
 
 
@@ -109,6 +110,7 @@ class VirtualBatches(nn.Module):
             variable_axes={
                 "params": None,
                 "batch_stats": 0,
+                BACKWARD_SUMS: 0,
                 BATCH_MOMENTS: 0,
                 FIRST_BATCH_MOMENTS: 0,
             },

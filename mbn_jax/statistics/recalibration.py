@@ -7,19 +7,27 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import tracers
 
 from mbn_jax.core.batch_stats import add_moments, moments_over, recalibrated, with_moments
-from mbn_jax.core.moments import Array, AxisName, Moments, pool_two
+from mbn_jax.core.moments import Array, AxisName, Moments, abs_sq, pool_two
 from mbn_jax.core.normalization import input_moments
 from mbn_jax.linen.batch_renorm import BatchRenorm
 from mbn_jax.linen.memorized import MemorizedBatchNorm
+from mbn_jax.linen.moving_average import MovingAverageBatchNorm
 from mbn_jax.linen.virtual_batches import VirtualBatches
 
 PyTree = Any
 
-LAYERS_WITH_STATISTICS = (MemorizedBatchNorm, BatchRenorm, nn.BatchNorm, VirtualBatches)
+LAYERS_WITH_STATISTICS = (
+    MemorizedBatchNorm,
+    BatchRenorm,
+    MovingAverageBatchNorm,
+    nn.BatchNorm,
+    VirtualBatches,
+)
 """Classes of the layers whose `batch_stats` can be recalibrated."""
 
 
@@ -40,7 +48,8 @@ def record_norm_inputs(
       mask: bool `[batch]`, the examples that count.
       axis_name: named axis over which the batch is spread.
       normalize_by_them: first make them the layer's statistics, in place of those that it was
-        given; for a model at inference, with `batch_stats` mutable.
+        given; for a model at inference, with `batch_stats` mutable. Layers without statistics are
+        left out.
 
     Yields:
       A dict of `Moments` by the layer's path, that `model.apply` within the block fills; the inputs
@@ -73,6 +82,7 @@ def record_norm_inputs(
             or context.method_name != "__call__"
             or not isinstance(module, layer_types)
             or not wanted.search(path)
+            or (normalize_by_them and not _has_statistics(module))
         ):
             return call(*args, **kwargs)
         if tracers.current_trace() != trace:
@@ -102,6 +112,10 @@ def record_norm_inputs(
         is_over = True  # Under `python -O` flax leaves the interceptor in place.
 
 
+def _has_statistics(module: nn.Module) -> bool:
+    return {"mean", "var"} <= set(module.variables.get("batch_stats", {}))
+
+
 def _input_moments(
     module: nn.Module,
     x: Array,
@@ -109,14 +123,18 @@ def _input_moments(
     axis_name: AxisName | None,
     mask: Array | None,
 ) -> Moments:
-    """Returns the moments of a layer's input."""
+    """Returns the moments of a layer's input; around 0, for a layer that subtracts no mean."""
+    if isinstance(module, VirtualBatches):  # What counts is the layer that it makes.
+        module = module.norm(use_running_average=True, parent=None)
     axis = getattr(module, "axis", -1)
-    if isinstance(module, VirtualBatches):  # Of the layer that it makes.
-        axis = getattr(module.norm, "keywords", {}).get("axis", -1)
     if examples is not None:
         examples = examples.reshape(-1, *(1,) * (x.ndim - 1))
         mask = examples if mask is None else mask & examples
-    return input_moments(x, axis, mask=mask, axis_name=axis_name)
+    moments = input_moments(x, axis, mask=mask, axis_name=axis_name)
+    if getattr(module, "center", True):
+        return moments
+    square = moments.var + abs_sq(moments.mean)
+    return moments._replace(mean=jnp.zeros_like(moments.mean), var=square)
 
 
 def recalibrate(apply: Callable[..., Any], variables: PyTree, batches: Iterable[PyTree]) -> PyTree:

@@ -22,6 +22,7 @@ from mbn_jax.core.double_forward import (
     forwards_of,
 )
 from mbn_jax.core.moments import AxisName
+from mbn_jax.core.moving_average import BACKWARD_SUMS, with_sums, zero_sums
 from mbn_jax.step.axes import LayerCall, check_axes, check_axis_bound, layer_calls
 from mbn_jax.step.forward import BoundApply, run_loss
 from mbn_jax.step.state import TrainState
@@ -119,15 +120,19 @@ def make_train_step(
         check_axis_bound(axis_name)
         rngs = _step_keys(state, axis_name, rng_names)
         size = _batch_size(batch) if second.is_partial else 0
+        # Layers that average backward statistics get those of this step by their gradients.
+        sinks = zero_sums(state.batch_stats)
 
-        def forward(params: PyTree, batch: PyTree, **collections: PyTree):
+        def forward(params: PyTree, sinks: PyTree, batch: PyTree, **collections: PyTree):
             variables = {"params": params, "batch_stats": state.batch_stats, **collections}
+            if sinks:
+                variables[BACKWARD_SUMS] = sinks
             apply = BoundApply(apply_fn, variables, mutable, rngs, records=second.needs_records)
             return run_loss(loss_fn, apply, batch, frozen=frozen_statistics)
 
         with forwards_of(second, size), layer_calls() as calls:
-            first_forward = jax.value_and_grad(forward, has_aux=True)
-            (loss, (metrics, first)), grads = first_forward(state.params, batch)
+            first_forward = jax.value_and_grad(forward, argnums=(0, 1), has_aux=True)
+            (loss, (metrics, first)), (grads, sums) = first_forward(state.params, sinks, batch)
         check_axes(calls, axis_name, local_statistics=local_statistics)
         # As floats, because lax.pmean would turn integers into them on some paths only.
         metrics = {k: jnp.asarray(v, jnp.float32) for k, v in {"loss": loss, **metrics}.items()}
@@ -136,7 +141,7 @@ def make_train_step(
         extra = {
             "value": metrics["loss"],
             "grad": grads,
-            "value_fn": _value_fn(lambda params: forward(params, batch)[0], axis_name),
+            "value_fn": _value_fn(lambda params: forward(params, sinks, batch)[0], axis_name),
         }
         taken = {name: extra[name] for name in extra_names}
         deltas, opt_state = tx.update(grads, state.opt_state, state.params, **taken)
@@ -150,13 +155,13 @@ def make_train_step(
             if second.needs_records:
                 records = {FIRST_BATCH_MOMENTS: first[BATCH_MOMENTS]}
             with forwards_of(second):
-                _, (_, written) = forward(params, seen, **records)
+                _, (_, written) = forward(params, {}, seen, **records)
             if second.needs_records:
                 _check_first_used(state.batch_stats, first, written, second, calls)
         state = state.replace(
             step=state.step + 1,
             params=params,
-            batch_stats=written["batch_stats"],
+            batch_stats=with_sums(written["batch_stats"], sums),
             opt_state=opt_state,
         )
         return state, metrics

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from mbn_jax.core.moments import Schedule
 from mbn_jax.linen.batch_renorm import BatchRenorm
 from mbn_jax.linen.memorized import MemorizedBatchNorm
+from mbn_jax.linen.moving_average import MovingAverageBatchNorm
 from mbn_jax.linen.virtual_batches import VirtualBatches
 from mbn_jax.models.affine import Affine
 from mbn_jax.names import accepted, kwargs_of, named, only_accepted, takes
@@ -24,6 +25,7 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
     "memorized": MemorizedBatchNorm,
     "batch": nn.BatchNorm,
     "batch_renorm": BatchRenorm,
+    "moving_average": MovingAverageBatchNorm,
     "group": nn.GroupNorm,
     # Over channels and space, as is usual for convolutions.
     "layer": functools.partial(nn.GroupNorm, num_groups=1),
@@ -36,6 +38,7 @@ LAYERS = (
     MemorizedBatchNorm,
     nn.BatchNorm,
     BatchRenorm,
+    MovingAverageBatchNorm,
     nn.GroupNorm,
     nn.InstanceNorm,
     Affine,

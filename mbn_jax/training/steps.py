@@ -23,7 +23,6 @@ from mbn_jax.datasets.batches import EvalBatch
 from mbn_jax.datasets.split import Examples
 from mbn_jax.parallel.devices import AXIS_NAME
 from mbn_jax.statistics.recalibration import (
-    LAYERS_WITH_STATISTICS,
     add_moments,
     recalibrated,
     record_norm_inputs,
@@ -185,7 +184,7 @@ def moments_step(
     examples = _augmented(task, hparams, look_up(data, batch.examples), number)
     variables = {"params": params, "batch_stats": batch_stats}
     with record_norm_inputs(
-        LAYERS_WITH_STATISTICS if recalibrate else task.norm_layers,
+        task.norm_layers,
         "" if recalibrate else task.config.shift.layers,
         mask=batch.mask,
         axis_name=AXIS_NAME,

@@ -121,6 +121,23 @@ class MyNorm(MemorizedBatchNorm):
     """A norm of the user's that is a memory."""
 
 
+class SlowNorm(nn.Module):
+    """A norm of the user's with moving averages, and none of this package's layers."""
+
+    use_running_average: bool
+
+    @nn.compact
+    def __call__(self, x):
+        mean = self.variable("batch_stats", "mean", jnp.zeros, x.shape[-1:])
+        var = self.variable("batch_stats", "var", jnp.ones, x.shape[-1:])
+        if not self.use_running_average:
+            axes = tuple(range(x.ndim - 1))
+            mean.value = 0.99 * mean.value + 0.01 * x.mean(axes)
+            var.value = 0.99 * var.value + 0.01 * x.var(axes)
+        axes = tuple(range(x.ndim - 1))
+        return (x - jnp.expand_dims(mean.value, axes)) / jnp.expand_dims(var.value + 1e-3, axes)
+
+
 def momentum_sgd(learning_rate, momentum=0.5):
     return optax.sgd(learning_rate, momentum)
 

@@ -1,0 +1,209 @@
+"""Moving averages of both passes: what a training call of `MovingAverageBatchNorm` computes.
+
+Batch normalization takes two statistics of a batch backward, too: the means of the gradient g and
+of g z, for the normalized input z. This layer averages them over earlier batches. A gradient cannot
+write a variable. So the layer has one more input, of zeros, whose "gradient" is the statistics of
+this batch; the training step hands it to the layer of the next step.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from mbn_jax.core.moments import Array, batch_moments
+from mbn_jax.core.normalization import NormOptions
+
+PyTree = Any
+
+BACKWARD_SUMS = "backward_sums"
+"""Name, in a layer's `batch_stats`, of the backward statistics of the last batch.
+
+Also of the collection of zeros that a training step differentiates in their place.
+"""
+
+
+class MovingAverages(NamedTuple):
+    """What a layer keeps, beside the moving average for inference.
+
+    Attributes:
+      forward: mean and mean square of the last batches, `[forward_batches, 2, *F]`, newest first.
+      backward: means of g and of g z over the last batches, `[backward_batches, 2, *F]`.
+      backward_sums: of the newest batch, `[3, *F]`: the two means, summed over the calls of the
+        layer in one forward, and the number of these calls.
+      steps: training calls so far, int32.
+    """
+
+    forward: Array
+    backward: Array
+    backward_sums: Array
+    steps: Array
+
+
+class Averaged(NamedTuple):
+    """What a training call computes.
+
+    Attributes:
+      z: normalized input.
+      mean: that was subtracted, `[*F]`.
+      var: that was divided by, `[*F]`.
+      kept: averages after this call.
+    """
+
+    z: Array
+    mean: Array
+    var: Array
+    kept: MovingAverages
+
+
+def average_both_passes(
+    x: Array,
+    mask: Array | None,
+    kept: MovingAverages,
+    running_var: Array,
+    sink: Array | None,
+    options: NormOptions,
+    layer: Any,
+) -> Averaged:
+    """Normalizes by averages over the last batches, forward and backward.
+
+    Args:
+      x: inputs.
+      mask: boolean, broadcastable to `x`: the elements that count; None: all.
+      kept: averages before this call.
+      running_var: moving average for inference, `[*F]`.
+      sink: zeros `[3, *F]`, differentiated in place of `backward_sums`; None: this is no forward of
+        a training step, and cannot be differentiated.
+      options: of the layer.
+      layer: with `center`, `warmup_steps`, `correction_steps` and `r_max`.
+
+    Returns:
+      The normalized input, and what is kept.
+    """
+    x = x.astype(kept.forward.dtype)
+    axes = options.reduced_axes(x.ndim)
+    batch = lax.stop_gradient(options.moments(x, mask, jnp.zeros_like(running_var)))
+    own = jnp.stack([batch.mean, batch.var + lax.square(batch.mean)])
+    forward = _pushed(kept.forward, own, batch.count)
+    total, calls = kept.backward_sums[:2], kept.backward_sums[2]
+    backward = _pushed(kept.backward, total / jnp.maximum(calls, 1)[None], calls)
+
+    def is_filling(batches: Array) -> Array:
+        return kept.steps < max(layer.warmup_steps, len(batches) - 1)
+
+    # Until there are enough batches, normalize by the newest alone, as batch normalization does.
+    mean, square = jnp.where(is_filling(forward), own, forward.mean(0))
+    mean = mean if layer.center else jnp.zeros_like(mean)
+    var = square - lax.square(mean)
+    earlier = jnp.where(is_filling(backward), 0, backward[:-1].sum(0) / len(backward))
+    share = jnp.where(is_filling(backward), 1.0, 1 / len(backward))
+    ratio = jnp.sqrt((var + options.epsilon) / (running_var + options.epsilon))
+    ratio = jnp.clip(ratio, 1 / layer.r_max, layer.r_max)
+    ratio = jnp.where(kept.steps < layer.correction_steps, 1, ratio)
+    scale = lax.rsqrt(var + options.epsilon)
+    normalize = _normalization(options, axes, center=layer.center, is_step=sink is not None)
+    sink = jnp.zeros_like(kept.backward_sums) if sink is None else sink
+    z = normalize(x, mask, mean, scale, ratio, earlier, share, sink)
+    after = MovingAverages(forward, backward, jnp.zeros_like(sink), kept.steps + 1)
+    return Averaged(z, mean, var, after)
+
+
+def _pushed(batches: Array, newest: Array, count: Array) -> Array:
+    """Puts statistics before those of earlier batches, where they are of something and finite."""
+    pushed = jnp.concatenate([newest[None].astype(batches.dtype), batches[:-1]])
+    is_usable = (count > 0) & jnp.isfinite(newest).all(0)
+    return jnp.where(is_usable[None, None], pushed, batches)
+
+
+def _normalization(
+    options: NormOptions, axes: tuple[int, ...], *, center: bool, is_step: bool
+) -> Callable[..., Array]:
+    """Returns z of (x, mask, mean, scale, ratio, earlier, share, sink), with its own gradient.
+
+    z = ratio n for n = (x - mean) scale. With h = ratio dz, for a gradient dz,
+
+        dx = scale (h - a - n b)        (a, b) = earlier + share (E[h], E[h n])
+
+    a is 0 without centering. The "gradient" of the sink is (E[h], E[h n], 1).
+    """
+
+    def wide(value: Array) -> Array:
+        return jnp.expand_dims(value, axes)
+
+    def normalized(x: Array, mean: Array, scale: Array) -> Array:
+        return (x - wide(mean)) * wide(scale)
+
+    @jax.custom_vjp
+    def normalize(x, mask, mean, scale, ratio, earlier, share, sink):
+        return wide(ratio) * normalized(x, mean, scale)
+
+    def forward(x, mask, mean, scale, ratio, earlier, share, sink):
+        saved = x, mask, mean, scale, ratio, earlier, share
+        return wide(ratio) * normalized(x, mean, scale), saved
+
+    def backward(saved, gradient):
+        if not is_step:
+            raise ValueError(
+                f"The gradient of {options.layer} needs the training step of "
+                "mbn_jax.make_train_step, which carries its backward statistics to the next step."
+            )
+        x, mask, mean, scale, ratio, earlier, share = saved
+        h, n = wide(ratio) * gradient, normalized(x, mean, scale)
+
+        def average(value: Array):
+            return batch_moments(
+                value,
+                axes,
+                mask=mask,
+                axis_name=options.axis_name,
+                axis_index_groups=options.axis_index_groups,
+            )
+
+        first, second = average(h), average(h * n)
+        # Each device has the mean loss of its own examples. Kept is what one device would find.
+        devices = 1
+        if options.axis_name is not None:
+            devices = lax.psum(1, options.axis_name, axis_index_groups=options.axis_index_groups)
+        sums = jnp.stack([first.mean, second.mean]) / devices
+        a, b = devices * (earlier + share * sums)
+        pull = wide(b) * n + (wide(a) if center else 0)
+        if mask is not None:
+            pull = jnp.where(mask, pull, 0)
+        counted = (first.count > 0).astype(sums.dtype)
+        return wide(scale) * (h - pull), *[None] * 6, jnp.stack([*sums, counted])
+
+    normalize.defvjp(forward, backward)
+    return normalize
+
+
+def zero_sums(batch_stats: PyTree) -> PyTree:
+    """Returns zeros in the places of all `BACKWARD_SUMS` of a model, and nothing else.
+
+    >>> zero_sums({'a': {'norm': {'mean': 0, 'backward_sums': jnp.ones(2)}}, 'b': {'mean': 0}})
+    {'a': {'norm': {'backward_sums': Array([0., 0.], dtype=float32)}}}
+    """
+    found = {}
+    for name, child in batch_stats.items():
+        if isinstance(child, Mapping):
+            below = zero_sums(child)
+            if below:
+                found[name] = below
+        elif name == BACKWARD_SUMS:
+            found[name] = jnp.zeros_like(child)
+    return found
+
+
+def with_sums(batch_stats: PyTree, sums: PyTree) -> PyTree:
+    """Returns `batch_stats` with the `BACKWARD_SUMS` that a backward pass found.
+
+    >>> with_sums({'norm': {'mean': 0, 'backward_sums': 1}}, {'norm': {'backward_sums': 2}})
+    {'norm': {'mean': 0, 'backward_sums': 2}}
+    """
+    if not isinstance(batch_stats, Mapping):
+        return sums
+    return {
+        name: with_sums(child, sums[name]) if name in sums else child
+        for name, child in batch_stats.items()
+    }
