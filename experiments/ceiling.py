@@ -1,0 +1,103 @@
+"""What a memory can win at small normalization batches, and what only the backward pass can.
+
+mbn-sweep experiments/ceiling.py --workdir=runs/ceiling
+"""
+
+from mbn_jax.sweeps import Sweep
+
+ORACLE = "experiments.oracle:OracleBatchNorm"
+
+RATES = {  # Of three, the best on held-out images for each: ceiling_rate.py.
+    "plain": 0.16,
+    "standardized": 0.16,
+}
+
+
+def oracle(forward_size, backward_size, **options):
+    """Returns the fields of a norm with forward and backward statistics of different groups."""
+    sizes = {"forward_size": forward_size, "backward_size": backward_size, **options}
+    return {"norm.name": ORACLE} | {f"norm.kwargs.{name}": x for name, x in sizes.items()}
+
+
+def moving_average(size, *, forward=True, backward=True, center=False):
+    """Returns the fields of a norm that averages each pass over 32 examples, or over its batch."""
+    batches = 32 // size
+    return {
+        "norm.name": "moving_average",
+        "norm.momentum": 0.98,
+        "norm.virtual_batch_size": size,
+        "norm.kwargs.center": center,
+        "norm.kwargs.forward_batches": batches if forward else 1,
+        "norm.kwargs.backward_batches": batches if backward else 1,
+    }
+
+
+def memory(size, double_forward):
+    """Returns the fields of a memory of 64 batches of some size."""
+    return {"norm.virtual_batch_size": size, "double_forward": double_forward}
+
+
+def shared_norms():
+    """Returns the norms that are compared with both kinds of kernels."""
+    norms = {"batch 32": {"norm.name": "batch"}, "group": {"norm.name": "group"}}
+    for size in (2, 4, 8):
+        norms |= {
+            f"batch {size}": {"norm.name": "batch", "norm.virtual_batch_size": size},
+            f"perfect memory {size}": oracle(32, size),
+            f"transport {size}": memory(size, "transport"),
+        }
+    return norms | {
+        "off 2": memory(2, "off"),
+        "rewrite 2": memory(2, "rewrite"),
+        "forward 2, backward 32": oracle(2, 32),
+        "moving average 2": moving_average(2),
+        "moving average 2, centered": moving_average(2, center=True),
+    }
+
+
+def settings():
+    """Returns all settings by name."""
+    found = {
+        f"{norm}, {conv}": fields | {"model.conv": conv}
+        for conv in ("plain", "standardized")
+        for norm, fields in shared_norms().items()
+    }
+    alone = {
+        "perfect memory 2, no gradient": (oracle(32, None), "plain"),
+        "perfect memory 2, root mean square": (oracle(32, 2, center=False), "standardized"),
+        "moving average 2": (moving_average(2), "centered"),
+        "moving average 2, forward alone": (moving_average(2, backward=False), "standardized"),
+        "moving average 2, backward alone": (moving_average(2, forward=False), "standardized"),
+        "moving average 4": (moving_average(4), "standardized"),
+        "moving average 8": (moving_average(8), "standardized"),
+    }
+    for norm, (fields, conv) in alone.items():
+        found[f"{norm}, {conv}"] = fields | {"model.conv": conv}
+    for name, fields in found.items():
+        fields["optimizer.learning_rate"] = RATES.get(name, 0.16)
+    return found
+
+
+def get_sweep():
+    """Returns the sweep."""
+    return Sweep(
+        title="The ceiling of a memory",
+        text="ResNet-8 on 10,000 CIFAR-10 images at 16x16, 5 epochs of SGD with batch 32; only the "
+        "normalization batch differs. Test error with statistics recomputed over training images, "
+        "so that the weights alone are compared.",
+        configs={"cifar10": "../configs/cifar.py:resnet8"},
+        fields={
+            "num_epochs": 5.0,
+            "batch_size": 32,
+            "double_forward": "off",
+            "norm.memory_size": 64,
+            "norm.decay": 0.97,
+            "norm.memory_schedule.start_size": 0,
+            "eval_every_steps": 1_000_000,  # At the end alone.
+            "checkpoint_every_steps": 1_000_000,
+        },
+        axes={"norm": settings()},
+        seeds=3,
+        baseline={"norm": "batch 32, plain"},
+        metrics=("test_error", "recalibrated_test_error"),
+    )
