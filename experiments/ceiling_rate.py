@@ -44,7 +44,7 @@ def get_sweep():
         axes={
             "norm": NORMS,
             "model.conv": ("plain", "standardized"),
-            "optimizer.learning_rate": (0.08, 0.16, 0.32),
+            "optimizer.learning_rate": (0.04, 0.08, 0.16, 0.32),
         },
         seeds=1,
         metrics=("test_error", "recalibrated_test_error"),
