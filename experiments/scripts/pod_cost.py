@@ -1,0 +1,231 @@
+r"""What a training step of a config costs on a pod that is not there: compiled for it, not run.
+
+    python experiments/scripts/pod_cost.py --config=configs/imagenet.py --topology=v5e:16x16
+
+Compiles the step of the run for all chips of a TPU topology, from pip's libtpu alone (`pip install
+'.[train,tpu]'`), and prints a table: all-reduces and the bytes that they carry, FLOPs, bytes
+accessed, temporary memory a chip, and the compiler's own estimate of the time, each a ratio to the
+first row where that says more. `fits` compares arguments and temporary memory with the chip's.
+Without --topology it compiles for the CPU devices that there are, for counts of collectives:
+
+    XLA_FLAGS=--xla_force_host_platform_device_count=8 \
+        python experiments/scripts/pod_cost.py --config=configs/cifar.py:resnet8
+
+`--config.FIELD=VALUE` changes a field for all rows. The data set is not read: --image, --classes
+and --examples say what it has. An estimate of the compiler is not a measurement.
+"""
+
+import argparse
+import functools
+import importlib
+import os
+import pathlib
+import re
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from mbn_jax.datasets.split import ArraySpec, Split
+from mbn_jax.parallel.devices import AXIS_NAME
+from mbn_jax.training.config import static_config
+from mbn_jax.training.config_files import parse_config, with_fields
+from mbn_jax.training.hparams import HParams
+from mbn_jax.training.steps import BatchStack, init_state, train_steps
+from mbn_jax.training.task import Task
+
+CHIP_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
+"""High-bandwidth memory of a chip, by the family that a topology's name begins with."""
+
+BATCH = {"norm.name": "batch", "double_forward": "off"}
+OFF, REWRITE, TRANSPORT = ({"double_forward": mode} for mode in ("off", "rewrite", "transport"))
+QUARTER = {**TRANSPORT, "double_forward_fraction": 0.25}
+LOCAL, SYNCED = {"norm.sync": "local"}, {"norm.sync": "sync"}
+GROUPS = {"norm.sync": "group", "norm.sync_group_size": 4}
+CASES: dict[str, dict[str, Any]] = {
+    "batch, local": BATCH | LOCAL,
+    "batch, synced": BATCH | SYNCED,
+    "memory, local, off": OFF | LOCAL,
+    "memory, local, rewrite": REWRITE | LOCAL,
+    "memory, local, transport": TRANSPORT | LOCAL,
+    "memory, local, transport by 1/4": QUARTER | LOCAL,
+    "memory, groups of 4, transport": TRANSPORT | GROUPS,
+    "memory, synced, off": OFF | SYNCED,
+    "memory, synced, rewrite": REWRITE | SYNCED,
+    "memory, synced, transport": TRANSPORT | SYNCED,
+    "memory, synced, transport by 1/4": QUARTER | SYNCED,
+}
+
+
+class MadeUp:
+    """A data source of a known length; nothing reads it."""
+
+    def __init__(self, length: int):
+        """Holds no example."""
+        self._length = length
+
+    def __len__(self) -> int:
+        """Returns the number of examples."""
+        return self._length
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Raises IndexError: there is none."""
+        raise IndexError(index)
+
+
+def made_up_split(image: tuple[int, ...], classes: int, examples: int) -> Split:
+    """Returns a split of images in this shape, which stay where they are."""
+    spec = {
+        "image": ArraySpec(image, np.dtype("uint8")),
+        "label": ArraySpec((), np.dtype("int32")),
+    }
+    source = MadeUp(examples)
+    return Split("train", (), source, source, spec, num_classes=classes)
+
+
+def tpu_devices(topology: str) -> list[Any]:
+    """Returns the devices of a topology, from `libtpu` alone."""
+    from jax.experimental import topologies
+
+    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # This may be no TPU's host.
+    library = pathlib.Path(importlib.import_module("libtpu").__file__ or "").parent / "libtpu.so"
+    os.environ.setdefault("TPU_LIBRARY_PATH", str(library))
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+
+
+def compiled_step(config: ConfigDict, split: Split, devices: list[Any]) -> Any:
+    """Compiles the training step of a run for devices, from the shapes of its arguments."""
+    channels = split.spec["image"].shape[-1]
+    pixels = np.zeros(channels, np.float32)
+    task = Task(static_config(config), split, split, pixels, pixels + 1, len(devices))
+    hparams = HParams.from_config(config).as_arrays()
+    local = config.batch_size // len(devices)
+    batch = {
+        name: jax.ShapeDtypeStruct((1, local, *spec.shape), spec.dtype)
+        for name, spec in split.spec.items()
+    }
+    state = jax.eval_shape(functools.partial(init_state, task), hparams)
+    arguments = state, hparams, BatchStack(np.int32(0), batch)
+    mesh = Mesh(np.array(devices), (AXIS_NAME,))
+    spec = PartitionSpec(AXIS_NAME)
+
+    def on_devices(x: Any) -> jax.ShapeDtypeStruct:
+        shape = (len(devices), *np.shape(x))
+        return jax.ShapeDtypeStruct(shape, x.dtype, sharding=NamedSharding(mesh, spec))
+
+    def per_device(state, hparams, stack):
+        state, hparams, stack = jax.tree.map(lambda x: x[0], (state, hparams, stack))
+        out = train_steps(task, state, hparams, None, stack, num_steps=1)
+        return jax.tree.map(lambda x: x[None], out)
+
+    mapped = jax.shard_map(per_device, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
+    lowered = jax.jit(mapped, donate_argnums=0).lower(*jax.tree.map(on_devices, arguments))
+    return lowered.compile()
+
+
+SHAPE = re.compile(r"\b([a-z]+)(\d+)\[([\d,]*)\]")
+
+
+def collectives(text: str) -> dict[str, float]:
+    """Returns the number of collectives in a compiled program, and the bytes that they carry.
+
+    >>> collectives("x = (f32[8]{0}, f32[2,2]{1,0}) all-reduce(a, b), channel_id=1")
+    {'all-reduces': 1, 'other collectives': 0, 'KiB carried': 0.046875}
+    """
+    pattern = r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute)(?:-start)?\("
+    found = re.findall(pattern, text)
+    carried = sum(
+        int(bits) // 8 * int(np.prod([int(n) for n in dims.split(",") if n]))
+        for shapes, _ in found
+        for _, bits, dims in SHAPE.findall(shapes)
+    )
+    reduces = sum(name == "all-reduce" for _, name in found)
+    return {
+        "all-reduces": reduces,
+        "other collectives": len(found) - reduces,
+        "KiB carried": carried / 1024,
+    }
+
+
+def measure(config: ConfigDict, split: Split, devices: list[Any]) -> dict[str, float]:
+    """Compiles a step, and returns what the compiler says of it."""
+    begin = time.perf_counter()
+    step = compiled_step(config, split, devices)
+    cost, memory = step.cost_analysis(), step.memory_analysis()
+    return collectives(step.as_text()) | {
+        "FLOPs": cost["flops"],
+        "bytes": cost["bytes accessed"],
+        "memory": memory.temp_size_in_bytes,
+        "needed": memory.temp_size_in_bytes + memory.argument_size_in_bytes,
+        "estimate": cost.get("optimal_seconds", float("nan")),
+        "compiled in": time.perf_counter() - begin,
+    }
+
+
+def row_of(name: str, found: dict[str, float], base: dict[str, float], gib: int | None) -> str:
+    """Returns a row of the table."""
+    needed = found["needed"] / 2**30
+    fits = "" if gib is None else f" ({'fits' if needed < gib else 'too large'})"
+    cells = [
+        name,
+        f"{found['all-reduces']} + {found['other collectives']}",
+        f"{found['KiB carried']:.1f}",
+        *(f"{found[key] / base[key]:.3f}" for key in ("FLOPs", "bytes", "memory")),
+        f"{found['estimate'] * 1e3:.3f} ms ({found['estimate'] / base['estimate']:.3f})"
+        if base["estimate"] > 0
+        else "",
+        f"{needed:.2f} GiB{fits}",
+        f"{found['compiled in']:.0f} s",
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+HEADER = (
+    "step",
+    "all-reduces + others",
+    "KiB carried",
+    "FLOPs",
+    "bytes",
+    "temporary memory",
+    "estimate",
+    "memory a chip",
+    "compiled in",
+)
+
+
+def main() -> None:
+    """Prints the table, row by row."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--config", required=True, help="config file")
+    parser.add_argument("--topology", help="TPU topology, for example v5e:16x16")
+    parser.add_argument("--image", type=int, nargs=3, default=(224, 224, 3))
+    parser.add_argument("--classes", type=int, default=1000)
+    parser.add_argument("--examples", type=int, default=1_281_167)
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
+    args, overrides = parser.parse_known_args()
+    devices = tpu_devices(args.topology) if args.topology else jax.devices()
+    gib = CHIP_GIB.get(args.topology.split(":")[0]) if args.topology else None
+    config = parse_config(args.config, overrides)
+    if config.batch_size % len(devices):
+        parser.error(
+            f"batch_size={config.batch_size} must be a multiple of the {len(devices)} devices; "
+            f"set --config.batch_size."
+        )
+    split = made_up_split(tuple(args.image), args.classes, args.examples)
+    local = config.batch_size // len(devices)
+    print(f"{config.model.name}, {config.model.dtype}, {len(devices)} devices x {local} examples")
+    print(f"| {' | '.join(HEADER)} |\n|{' --- |' * len(HEADER)}", flush=True)
+    base: dict[str, float] = {}
+    for name in args.cases:
+        found = measure(with_fields(config, CASES[name], name), split, devices)
+        base = base or found
+        print(row_of(name, found, base, gib), flush=True)
+
+
+if __name__ == "__main__":
+    main()
