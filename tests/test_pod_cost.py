@@ -1,0 +1,44 @@
+"""experiments/scripts/pod_cost.py: the step of a config, compiled for devices and not run."""
+
+import pathlib
+import sys
+
+import jax
+import pytest
+
+from mbn_jax.training.config_files import parse_config, with_fields
+
+ROOT = pathlib.Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "experiments" / "scripts"))
+
+import pod_cost  # noqa: E402
+
+SPLIT = pod_cost.made_up_split((8, 8, 1), 10, 1000)
+LAYERS = 2
+
+
+@pytest.mark.parametrize(
+    ("case", "all_reduces"),
+    # Counted with jax 0.10.2 on CPU: docs/guides/hosts.md.
+    [("batch, local", 1), ("memory, groups of 4, transport", 3 * LAYERS + 1)],
+)
+def test_a_step_is_compiled_for_all_devices_from_shapes_alone(case, all_reduces):
+    config = parse_config(str(ROOT / "configs" / "digits.py"))
+    fields = {"model.features": (4, 4), "batch_size": 16}
+    config = with_fields(config, fields | pod_cost.CASES[case], "the test")
+    found = pod_cost.measure(config, SPLIT, jax.devices())
+    assert (found["all-reduces"], found["other collectives"]) == (all_reduces, 0)
+    # All gradients, two of three numbers a channel beside them.
+    params = 9 * 4 + 9 * 4 * 4 + 4 * 4 + 4 * 10 + 10
+    assert params * 4 / 1024 < found["KiB carried"] < params * 8 / 1024
+    assert found["FLOPs"] > 0
+
+
+def test_a_row_says_whether_the_step_fits():
+    found = {"all-reduces": 1, "other collectives": 0, "KiB carried": 2.0}
+    found |= {"FLOPs": 6.0, "bytes": 4.0, "memory": 3.0, "needed": 20 * 2**30}
+    found |= {"estimate": 2e-3, "compiled in": 1.0}
+    base = {**found, "FLOPs": 4.0, "estimate": 1e-3}
+    row = pod_cost.row_of("x", found, base, 16)
+    assert "| x | 1 + 0 | 2.0 | 1.500 | 1.000 |" in row
+    assert "2.000 ms (2.000) | 20.00 GiB (too large) |" in row
