@@ -5,7 +5,7 @@ mbn-sweep experiments/ceiling.py --workdir=runs/ceiling
 
 from mbn_jax.sweeps import Sweep
 
-ORACLE = "experiments.oracle:OracleBatchNorm"
+ORACLE = "experiments.layers.oracle:OracleBatchNorm"
 
 RATE = 0.16
 OTHER_RATES = {

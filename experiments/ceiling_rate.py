@@ -5,7 +5,7 @@ mbn-sweep experiments/ceiling_rate.py --workdir=runs/ceiling_rate
 
 from mbn_jax.sweeps import Figure, Sweep
 
-ORACLE = "experiments.oracle:OracleBatchNorm"
+ORACLE = "experiments.layers.oracle:OracleBatchNorm"
 NORMS = {
     "batch, 32": {"norm.name": "batch"},
     "batch, 2": {"norm.name": "batch", "norm.virtual_batch_size": 2},

@@ -1,4 +1,4 @@
-"""The norm of experiments/oracle.py: its two ends are batch normalization."""
+"""The norm of experiments/layers/oracle.py: its two ends are batch normalization."""
 
 import functools
 import pathlib
@@ -14,7 +14,7 @@ from mbn_jax import VirtualBatches
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
 
-from experiments.oracle import OracleBatchNorm
+from experiments.layers.oracle import OracleBatchNorm
 
 
 def results(layer):
