@@ -18,12 +18,12 @@ from mbn_jax.datasets.batches import (
     pixel_statistics,
     training_batches,
 )
+from mbn_jax.datasets.find import open_split as load_split
 from mbn_jax.datasets.order import BatchOrder
 from mbn_jax.datasets.standard import STANDARD, standard_dataset
-from mbn_jax.datasets.tfds_splits import load_split
 from mbn_jax.errors import UserError
+from mbn_jax.training.checks import validate
 from mbn_jax.training.config import default_config
-from mbn_jax.training.rules import validate
 
 
 @pytest.fixture(scope="module")
