@@ -338,7 +338,12 @@ def test_augmentation_depends_on_step_and_position_alone(train):
             {},
             r"'digits' has no examples in split 'valid'; its splits are \['test', 'train'\]",
         ),
-        ("digits:9.9.9", "train", {}, "Data set 'digits:9.9.9' cannot be opened"),
+        (
+            "digits",
+            "train",
+            {"kwargs": (("version", "9.9.9"),)},
+            "Data set 'digits' cannot be opened",
+        ),
         ("digits", "test[:0]", {}, r"'digits' has no examples in split 'test\[:0\]'"),
     ],
 )
