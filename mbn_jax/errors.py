@@ -24,3 +24,12 @@ class UserError(ValueError):
 
 class StoppedError(Exception):
     """A run stopped because it was asked to, and its state is saved."""
+
+
+def one_line(error: BaseException) -> str:
+    r"""Returns the message of an error in one line, or its type where it has none.
+
+    >>> one_line(ValueError('no room\nleft')), one_line(MemoryError())
+    ('no room left', 'MemoryError')
+    """
+    return " ".join(str(error).split()) or type(error).__name__

@@ -6,10 +6,9 @@ import traceback
 from collections.abc import Callable, Sequence
 
 from mbn_jax.errors import ExitStatus, StoppedError, UserError
-from mbn_jax.streams import make_streams_unbreakable
 from mbn_jax.sweeps.arguments import report_command, sweep_command
-from mbn_jax.training.eval_command import eval_command
-from mbn_jax.training.train_command import train_command
+from mbn_jax.terminal import make_streams_unbreakable
+from mbn_jax.training.arguments import eval_command, train_command
 
 RESUME = "run the same command to resume"
 

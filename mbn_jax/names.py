@@ -8,7 +8,7 @@ import inspect
 import pathlib
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from mbn_jax.errors import UserError
@@ -128,13 +128,17 @@ def accepted(factory: Callable) -> frozenset[str]:
     >>> sorted(accepted(functools.partial(lambda width, *, depth=1: 0, depth=2)))
     ['width']
     """
-    try:
-        parameters = inspect.signature(factory).parameters.values()
-    except (TypeError, ValueError):  # Some builtins do not tell.
-        return frozenset()
     given = factory.keywords if isinstance(factory, functools.partial) else {}
     kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    return frozenset(p.name for p in parameters if p.kind in kinds and p.name not in given)
+    found = _parameters(factory)
+    return frozenset(p.name for p in found if p.kind in kinds and p.name not in given)
+
+
+def _parameters(factory: Callable) -> list[inspect.Parameter]:
+    try:
+        return list(inspect.signature(factory).parameters.values())
+    except (TypeError, ValueError):  # Some builtins do not tell.
+        return []
 
 
 def takes(factory: Callable, name: str) -> bool:
@@ -143,13 +147,8 @@ def takes(factory: Callable, name: str) -> bool:
     >>> takes(lambda **options: options, 'norm')
     True
     """
-    if name in accepted(factory):
-        return True
-    try:
-        parameters = inspect.signature(factory).parameters.values()
-    except (TypeError, ValueError):
-        return False
-    return any(p.kind is p.VAR_KEYWORD for p in parameters)
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in _parameters(factory))
+    return takes_any or name in accepted(factory)
 
 
 def only_accepted(factory: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -171,10 +170,18 @@ def kwargs_of(group: Mapping[str, Any]) -> dict[str, Any]:
     return {name: fixed(value) for name, value in group["kwargs"].items()}
 
 
-def reason(error: BaseException) -> str:
-    """Returns an error in one line: its type, its message, and where in whose file it came up."""
+def reason(error: BaseException, folders: Sequence[str | pathlib.Path] = ()) -> str:
+    """Returns an error in one line: its type, its message, and the last line in a user's file.
+
+    Args:
+      error: what a user's code has raised.
+      folders: of the user's files; default: those of `import_from`.
+    """
     text = f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(": ")
+    if isinstance(error, SyntaxError):
+        return text  # It ends with file and line.
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if any(frame.filename.startswith(f"{folder}/") for folder in _folders):
+        is_theirs = any(frame.filename.startswith(f"{each}/") for each in folders or _folders)
+        if is_theirs and "site-packages" not in frame.filename:
             return f"{text} ({pathlib.Path(frame.filename).name}, line {frame.lineno})"
     return text

@@ -20,8 +20,8 @@ import pytest
 @pytest.fixture(scope="session")
 def data_dir(tmp_path_factory):
     """A TFDS folder in which the digits are prepared once a session."""
-    from mbn_jax.datasets.tfds_splits import load_split
+    from mbn_jax.datasets.find import open_split
 
     folder = tmp_path_factory.mktemp("tfds")
-    load_split("digits", "test", data_dir=str(folder))
+    open_split("digits", "test", data_dir=str(folder))
     return str(folder)

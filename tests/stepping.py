@@ -9,7 +9,7 @@ import numpy as np
 import optax
 
 from mbn_jax import MemorizedBatchNorm, TrainState, make_train_step
-from mbn_jax.parallel.devices import AXIS_NAME, map_over_devices, replicate
+from mbn_jax.parallel.devices import AXIS_NAME, replicate
 
 memorized = functools.partial(MemorizedBatchNorm, memory_size=4, decay=0.9)
 endless = functools.partial(MemorizedBatchNorm, memory_size=None)
@@ -70,7 +70,7 @@ def run_on_devices(model, tx, data, count, mode="transport", **options):
     step = make_train_step(
         model.apply, tx, loss_fn, double_forward=mode, axis_name=AXIS_NAME, **options
     )
-    step = map_over_devices(step, devices=devices)
+    step = jax.pmap(step, axis_name=AXIS_NAME, devices=devices)
     for x in data:
         state, _ = step(state, x)
     return state

@@ -9,8 +9,8 @@ import pytest
 
 import mbn_jax
 from mbn_jax.command_line import add_config_fields, command_parser, folder, parse_with_fields
-from mbn_jax.datasets.data_dir import find_data_dir
-from mbn_jax.datasets.tfds_splits import load_split
+from mbn_jax.datasets.find import open_split as load_split
+from mbn_jax.datasets.tfds_splits import find_data_dir
 from mbn_jax.errors import UserError
 from mbn_jax.parallel.devices import keep_compiled_programs
 

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 
 from mbn_jax.sweeps.command import load_sweep
+from mbn_jax.training.checks import validate
 from mbn_jax.training.config import default_config, fields
 from mbn_jax.training.config_files import parse_config
 from mbn_jax.training.loop import train
 from mbn_jax.training.program import Programs
-from mbn_jax.training.rules import validate
 
 ROOT = pathlib.Path(__file__).parent.parent
 FILES = sorted((ROOT / "configs").glob("*.py"))

@@ -7,8 +7,8 @@ import shlex
 import pytest
 
 from mbn_jax.sweeps.command import load_sweep
+from mbn_jax.training.checks import validate
 from mbn_jax.training.config_files import is_in_kwargs, parse_config
-from mbn_jax.training.rules import validate
 
 ROOT = pathlib.Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "CHANGELOG.md"]

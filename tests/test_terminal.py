@@ -120,7 +120,7 @@ def test_a_run_trains_with_standard_error_closed_and_ascii_output(command, tmp_p
 
 BROKEN = """
 import os, sys
-from mbn_jax.streams import make_streams_unbreakable
+from mbn_jax.terminal import make_streams_unbreakable
 make_streams_unbreakable()
 for _ in range(100):
     print("x" * 10_000)

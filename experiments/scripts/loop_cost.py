@@ -18,12 +18,7 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mbn_jax.parallel.devices import (
-    distribute,
-    map_over_devices,
-    replicate,
-    split_over_devices,
-)
+from mbn_jax.parallel.devices import AXIS_NAME, distribute, replicate, split_over_devices
 from mbn_jax.training.config_files import parse_config
 from mbn_jax.training.hparams import HParams
 from mbn_jax.training.loop import train
@@ -35,7 +30,7 @@ def bare_step(program: Program, config: ConfigDict) -> Callable[[int], tuple[flo
     """Returns what takes so many bare steps; that returns seconds a step, and those of the call."""
     task = program.task
     step = build_train_step(task, HParams.from_config(config).as_arrays())
-    compiled = map_over_devices(step, runtime=config.runtime, donate_argnums=(0,))
+    compiled = jax.pmap(step, axis_name=AXIS_NAME, donate_argnums=(0,))
     examples = task.train.read(np.arange(config.batch_size))
     examples = jax.device_get(task.prepared(examples))
     batch = distribute(split_over_devices(examples))

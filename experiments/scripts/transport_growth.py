@@ -33,7 +33,7 @@ from scipy import stats
 from mbn_jax.core.double_forward import BATCH_MOMENTS, FIRST_BATCH_MOMENTS, RECORDS
 from mbn_jax.core.moments import Moments
 from mbn_jax.core.transport import transport
-from mbn_jax.parallel.devices import first_device, map_over_devices, replicate
+from mbn_jax.parallel.devices import AXIS_NAME, first_device, replicate
 from mbn_jax.training.config_files import parse_config
 from mbn_jax.training.program import Program, Programs
 from mbn_jax.training.shift import statistics_error
@@ -68,10 +68,10 @@ class Observer:
     def __init__(self, program: Program):
         """Compiles nothing yet."""
         self._task = program.task
-        options = {"runtime": program.task.config.runtime, "devices": program.devices}
-        self.train = map_over_devices(self._train, **options)
-        self.observe = map_over_devices(self._observe, **options)
-        self.look = map_over_devices(self._look, **options)
+        options = {"axis_name": AXIS_NAME, "devices": program.devices}
+        self.train = jax.pmap(self._train, **options)
+        self.observe = jax.pmap(self._observe, **options)
+        self.look = jax.pmap(self._look, **options)
 
     def _moments(self, values, params, batch_stats, batch, **collections):
         """Returns what a forward in training records, the inputs' moments by layer."""

@@ -70,7 +70,7 @@ def example_keys(key: jax.Array, step: jax.Array, positions: jax.Array) -> jax.A
     """Returns a random key for each example of a batch.
 
     Args:
-      key: augmentation key of the run.
+      key: random key.
       step: int32 scalar, training step.
       positions: int32 `[batch]`, the examples' positions in the global batch.
     """

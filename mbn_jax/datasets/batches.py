@@ -34,14 +34,7 @@ class EvalBatch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class HostBatches:
-    """One host's part of the training batches; it travels to worker processes.
-
-    Attributes:
-      split: training split.
-      order: order of its examples.
-      process_index: number of this host.
-      process_count: number of hosts.
-    """
+    """One host's part of the training batches; it travels to worker processes."""
 
     split: Split
     order: BatchOrder
@@ -72,12 +65,7 @@ def training_batches(
 ) -> Iterator[np.ndarray | Examples]:
     """Yields this host's batches of steps `first_step` to `num_steps` - 1, several at a time.
 
-    Args:
-      host: this host's part of the batches.
-      first_step: 0, or the step at which a resumed run continues.
-      num_steps: steps of the whole run.
-      steps_per_stack: steps in each stack of batches.
-      num_workers: processes that decode a split on disk; 0: threads of this process.
+    A split on disk is decoded by `num_workers` processes; 0: by threads of this one.
 
     Yields:
       For a split in memory, indices int32 `[steps, local batch]`, the last stack padded with 0.

@@ -11,16 +11,6 @@ DATASETS = {"digits": "mbn_jax.datasets.digits:Digits"}
 """Data sets of this package, by short name; any other short name is one of TFDS."""
 
 
-def find_dataset(name: str) -> Any:
-    """Returns the TFDS builder class or the function that a name stands for.
-
-    None for the name of a TFDS data set; raises UserError for an import path of nothing.
-    """
-    if name in DATASETS or is_import_path(name):
-        return named(name, DATASETS, "dataset.name")
-    return None
-
-
 def open_split(
     name: str,
     split: str,
@@ -36,16 +26,18 @@ def open_split(
     Args:
       name: short name, TFDS name, or import path of a builder class or a function.
       split: TFDS split, slices included.
-      data_dir: folder of data sets.
-      image_size: as for `load_split`; of TFDS data sets.
-      random_resized_crop: as for `load_split`; of TFDS data sets.
-      max_bytes_in_memory: a split of more bytes is read as it is used.
+      data_dir: folder of data sets; default: that of TFDS.
+      image_size: of TFDS data sets: height and width to resize images to; 0: as stored.
+      random_resized_crop: of these: resize a part of each image, a random one in training and else
+        the centre. Such a split stays on disk.
+      max_bytes_in_memory: a split of more bytes stays on disk and is read as it is used.
       kwargs: further arguments of the builder class or the function, names and values.
 
     Raises:
       UserError: for what `load_split` and `load_own_split` refuse.
     """
-    found = find_dataset(name)
+    is_tfds_name = name not in DATASETS and not is_import_path(name)
+    found = None if is_tfds_name else named(name, DATASETS, "dataset.name")
     if found is None or _is_builder_class(found):
         return load_split(
             name,

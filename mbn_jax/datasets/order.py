@@ -19,13 +19,7 @@ class BatchOrder:
     """
 
     def __init__(self, split: Split, *, seed: int, batch_size: int, classes_per_batch: int = 0):
-        """Prepares the order; draws nothing yet.
-
-        Args:
-          split: training split.
-          seed: seed of the shuffles.
-          batch_size: examples in a global batch.
-          classes_per_batch: most classes in one batch; 0: no limit.
+        """Prepares the order of global batches; `classes_per_batch` of 0 is no limit.
 
         Raises:
           UserError: if no class has enough examples for a chunk.

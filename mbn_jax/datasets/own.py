@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from mbn_jax.datasets.data_dir import find_data_dir
 from mbn_jax.datasets.split import ArraySpec, Split, in_memory_if_small
-from mbn_jax.datasets.tfds_splits import stored_ranges
+from mbn_jax.datasets.tfds_splits import find_data_dir, stored_ranges
 from mbn_jax.errors import UserError
 from mbn_jax.names import reason
 

@@ -5,14 +5,15 @@ import difflib
 import functools
 import importlib
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from mbn_jax.datasets.data_dir import find_data_dir
+from mbn_jax.command_line import expand_home
 from mbn_jax.datasets.split import ArraySpec, Split, StoredRange, in_memory_if_small
-from mbn_jax.errors import UserError
+from mbn_jax.errors import UserError, one_line
 
 DTYPES = ("uint8", "float32")
 """Image dtypes that TFDS decodes without OpenCV."""
@@ -22,39 +23,23 @@ def load_split(
     name: str,
     split: str,
     *,
-    builder_class: type | None = None,
-    builder_kwargs: Mapping[str, Any] | None = None,
-    data_dir: str | None = None,
-    image_size: int = 0,
-    random_resized_crop: bool = False,
-    max_bytes_in_memory: int = 4 << 30,
+    builder_class: type | None,
+    builder_kwargs: Mapping[str, Any],
+    data_dir: str | None,
+    image_size: int,
+    random_resized_crop: bool,
+    max_bytes_in_memory: int,
 ) -> Split:
-    """Opens a split of any TFDS image-classification data set.
+    """Opens a split of any TFDS image-classification data set, with arguments as `open_split`.
 
-    Args:
-      name: TFDS name; with a builder class, its name in messages.
-      split: TFDS split, slices included.
-      builder_class: a class of TFDS, prepared on first use; default: the one of the name.
-      builder_kwargs: further arguments of the builder.
-      data_dir: folder in which TFDS keeps its data sets; default: that of TFDS.
-      image_size: height and width to resize images to; 0: as stored.
-      random_resized_crop: resize a part of each image, a random one in training and else the
-        centre. Such a split stays on disk.
-      max_bytes_in_memory: a split of more bytes stays on disk and is decoded as it is used.
-
-    Returns:
-      The split.
+    A class of TFDS, `builder_class`, is prepared on first use; None: that of the name.
 
     Raises:
       UserError: for an unknown or unprepared data set or split, a data set that is not image
         classification, images of varying size without `image_size`, or, if the split is held in
         memory, examples that are damaged or not what the data set declares.
     """
-    if builder_class is None and name == "digits":
-        builder_class = importlib.import_module("mbn_jax.datasets.digits").Digits
-    builder = _prepared_builder(
-        name, builder_class, dict(builder_kwargs or {}), find_data_dir(data_dir)
-    )
+    builder = _prepared_builder(name, builder_class, builder_kwargs, find_data_dir(data_dir))
     image_key, label_key = _supervised_keys(builder, name)
     features = builder.info.features
     tfds = importlib.import_module("tensorflow_datasets")
@@ -93,6 +78,22 @@ def load_split(
         random_resized_crop=random_resized_crop,
     )
     return in_memory_if_small(loaded, max_bytes_in_memory)
+
+
+def find_data_dir(data_dir: str | None) -> str | None:
+    """Returns `dataset.data_dir` with `~` expanded, or None for TFDS's own folder.
+
+    Raises:
+      UserError: where that would be in a home folder that is not known.
+    """
+    if data_dir:
+        return expand_home(data_dir, "dataset.data_dir")
+    if not os.environ.get("TFDS_DATA_DIR") and os.path.expanduser("~").startswith("~"):
+        raise UserError(
+            "TFDS keeps its data sets in the home folder, which is not known; set dataset.data_dir "
+            "to a folder for them."
+        )
+    return None
 
 
 def _supervised_keys(builder: Any, name: str) -> tuple[str, str]:
@@ -186,7 +187,7 @@ class _CheckedSource:
             return self.source[index]
         except Exception as error:  # Decoders fail in many ways on damaged bytes.
             raise UserError(
-                f"Example {index} of {self.name} cannot be read ({_reason(error)}); its record "
+                f"Example {index} of {self.name} cannot be read ({one_line(error)}); its record "
                 "files are damaged or not all there: prepare the data set anew."
             ) from error
 
@@ -205,10 +206,6 @@ class _CheckedSource:
                 f"Example {index} of {self.name} has pixels that are NaN or infinite, expected "
                 "finite ones; prepare the data set anew without them."
             )
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _prepared_builder(
@@ -239,11 +236,11 @@ def _prepared_builder(
     except OSError as error:
         raise UserError(
             f"Data set {name!r} cannot be read or prepared in {data_dir or 'the folder of TFDS'} "
-            f"({_reason(error)}); set dataset.data_dir to a folder that has it or can be written."
+            f"({one_line(error)}); set dataset.data_dir to a folder that has it or can be written."
         ) from error
     except (ValueError, AssertionError, ImportError) as error:
         raise UserError(
-            f"Data set {name!r} cannot be opened ({_reason(error)}); it is read from "
+            f"Data set {name!r} cannot be opened ({one_line(error)}); it is read from "
             f"array_record files, as {build} writes them."
         ) from error
     if not builder.is_prepared():

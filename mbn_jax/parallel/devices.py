@@ -1,7 +1,6 @@
-"""How one per-device function runs on many devices: layout and runtime.
+"""Arrays to and from the devices, in the layout of `jax.pmap`, and hosts in agreement.
 
-Every array that lives on the devices has a leading axis with one entry a local device. Both
-runtimes share that layout, so that the choice between them is made here and nowhere else.
+Every array that lives on the devices has a leading axis with one entry a local device.
 """
 
 import contextlib
@@ -19,7 +18,7 @@ from mbn_jax.errors import UserError
 PyTree = Any
 
 AXIS_NAME = "batch"
-RUNTIMES = ("pmap", "shard_map")
+"""The axis of the devices, for `jax.pmap` and for the layers that sync over it."""
 
 Devices = Sequence[jax.Device] | None
 """Some of this host's devices; None: all that there are, on all hosts."""
@@ -63,70 +62,10 @@ def _sharding(devices: Sequence[jax.Device]) -> NamedSharding:
     return NamedSharding(Mesh(np.array(devices), (AXIS_NAME,)), PartitionSpec(AXIS_NAME))
 
 
-def map_over_devices(
-    function: Callable,
-    *,
-    runtime: str = "pmap",
-    donate_argnums: tuple[int, ...] = (),
-    devices: Devices = None,
-) -> Callable:
-    """Compiles a per-device function to run on every device, with `AXIS_NAME` bound.
-
-    Args:
-      function: pure, of pytrees of arrays; sees one device's entries, without the leading axis.
-      runtime: 'pmap', or 'shard_map' under `jit`; the same numbers from both.
-      donate_argnums: arguments whose buffers may be reused.
-      devices: some of this host's; default: all, of all hosts.
-
-    Returns:
-      The compiled function, of and to pytrees with the leading device axis.
-    """
-    if runtime == "pmap":
-        return jax.pmap(
-            function, axis_name=AXIS_NAME, donate_argnums=donate_argnums, devices=devices
-        )
-
-    def per_device(*args: PyTree) -> PyTree:
-        out = function(*jax.tree.map(lambda x: x[0], args))
-        return jax.tree.map(lambda x: x[None], out)
-
-    spec = PartitionSpec(AXIS_NAME)
-    # Host by host, as pmap has them and batches are divided; a TPU pod may number them otherwise.
-    hosts = range(jax.process_count())
-    all_devices = [device for host in hosts for device in jax.local_devices(host)]
-    everywhere, here = _sharding(devices or all_devices), _sharding(local_devices(devices))
-    # With check_vma=True, a gradient averaged by lax.pmean comes out multiplied by the devices.
-    mapped = jax.shard_map(
-        per_device, mesh=everywhere.mesh, in_specs=spec, out_specs=spec, check_vma=False
-    )
-    compiled = jax.jit(mapped, donate_argnums=donate_argnums)
-    if devices or jax.process_count() == 1:
-        return compiled
-
-    # Over several hosts jit takes arrays of all of them; `pmap` takes each host's own.
-    def call(*args: PyTree) -> PyTree:
-        return _reshard(compiled(*_reshard(args, everywhere)), here)
-
-    return call
-
-
 def _map_key(function: Callable[[jax.Array], jax.Array], key: jax.Array) -> jax.Array:
     """Applies a function to the data of typed random keys, which keep their implementation."""
     data = function(jax.random.key_data(key))
     return jax.random.wrap_key_data(data, impl=jax.random.key_impl(key))
-
-
-def _reshard(tree: PyTree, sharding: NamedSharding) -> PyTree:
-    """Views this host's shards of `[devices, ...]` arrays as those of another set of devices."""
-
-    def view(x: jax.Array) -> jax.Array:
-        if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
-            return _map_key(view, x)
-        shards = [shard.data for shard in x.addressable_shards]
-        shape = (sharding.mesh.size, *x.shape[1:])
-        return jax.make_array_from_single_device_arrays(shape, sharding, shards)
-
-    return jax.tree.map(view, tree)
 
 
 def replicate(tree: PyTree, devices: Devices = None) -> PyTree:

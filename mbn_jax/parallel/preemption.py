@@ -8,10 +8,6 @@ from collections.abc import Callable, Iterator
 import jax
 from jax.experimental.multihost_utils import reached_preemption_sync_point
 
-from mbn_jax.errors import StoppedError
-
-__all__ = ["StopAsked", "StoppedError", "stop_on_sigterm"]
-
 StopAsked = Callable[[int, int], bool]
 """Asked after every dispatch, with its first and last step: whether the run is to stop there."""
 

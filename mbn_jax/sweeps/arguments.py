@@ -25,7 +25,7 @@ Optuna study), results.csv, results.parquet, and what mbn-report writes.""",
     parser.add_argument("experiment", help="a Python file with get_sweep()")
     parser.add_argument("--workdir", help="folder of the sweep; made if missing")
     parser.add_argument("--seeds", type=int, help="number of seeds; default: what the file says")
-    parser.add_argument("--dry_run", action="store_true", help="show the members and the time")
+    parser.add_argument("--dry_run", action="store_true", help="check and list the members")
     parser.add_argument("--retry_failed", action="store_true", help="run failed members again")
     parser.add_argument(
         "--storage", help="database for several machines, postgresql://...; default: in the workdir"

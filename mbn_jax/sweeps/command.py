@@ -16,11 +16,9 @@ from ml_collections import ConfigDict
 from mbn_jax.errors import UserError
 from mbn_jax.sweeps import storage as store
 from mbn_jax.sweeps.declaration import Sweep
-from mbn_jax.sweeps.estimate import COST_FIELDS
 from mbn_jax.sweeps.report import write_report
 from mbn_jax.sweeps.results import read_results, write_results
 from mbn_jax.sweeps.runner import Runner
-from mbn_jax.terminal import duration
 from mbn_jax.training.config_files import (
     call_in_file,
     override_fields,
@@ -57,25 +55,15 @@ def load_sweep(path: str, overrides: Sequence[str], seeds: int | None) -> tuple[
 
 
 def dry_run(
-    experiment: str,
-    overrides: Sequence[str],
-    seeds: int | None,
-    workdir: pathlib.Path,
+    experiment: str, overrides: Sequence[str], seeds: int | None, workdir: pathlib.Path
 ) -> str:
-    """Returns the members, their count and an estimate of the time; writes nothing."""
+    """Returns the members and the number of compilations, all checked; writes nothing."""
     sweep, config = load_sweep(experiment, overrides, seeds)
     runner = Runner(sweep, config, workdir)
-    estimate = runner.estimate()
     total = (
         f"{len(runner.members)} members, {runner.num_programs} compilations of the step on each "
-        f"of {len(runner.devices)} devices, about {duration(estimate.seconds)} without checkpoints"
+        f"of {len(runner.devices)} devices"
     )
-    if estimate.num_measured < runner.num_programs:
-        total += (
-            f" (measured {estimate.num_measured} of the {runner.num_programs} programs; each "
-            "other was taken to be as fast as the one with the same "
-            f"{', '.join(COST_FIELDS[:-1])} and {COST_FIELDS[-1]})"
-        )
     return "\n".join([*(member.name for member in runner.members), total])
 
 

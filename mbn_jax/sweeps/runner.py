@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import os
 import pathlib
 import resource
 import signal
+import socket
 import sys
 import threading
 import time
@@ -19,19 +21,18 @@ import sqlalchemy.exc
 from ml_collections import ConfigDict
 from optuna.trial import FrozenTrial, TrialState
 
-from mbn_jax.errors import UserError
-from mbn_jax.parallel.preemption import StoppedError
+from mbn_jax.errors import StoppedError, UserError
+from mbn_jax.names import reason
 from mbn_jax.sweeps import storage as store
 from mbn_jax.sweeps.declaration import Member, Sweep
-from mbn_jax.sweeps.estimate import Estimate, estimate
 from mbn_jax.sweeps.progress import Progress
 from mbn_jax.training.config import fields, program_key
 from mbn_jax.training.config_files import with_fields
 from mbn_jax.training.divergence import DivergenceError
-from mbn_jax.training.lock import only_one
 from mbn_jax.training.loop import train
 from mbn_jax.training.program import Programs
 from mbn_jax.training.reporting import read_metrics, selection_metric
+from mbn_jax.training.workdir import only_writer
 
 MEMBERS = "members"
 TRACEBACK = "traceback.txt"
@@ -92,11 +93,6 @@ class Runner:
     def step_compilations(self) -> int:
         """How often a training step was compiled so far, over all devices."""
         return sum(programs.step_compilations for programs in self._programs.values())
-
-    def estimate(self) -> Estimate:
-        """Estimates the time of the whole sweep, from nothing."""
-        configs = [member.config(self._config) for member in self.members]
-        return estimate(configs, self._programs[self.devices[0]], len(self.devices))
 
     def run(self, study: optuna.Study) -> Counter:
         """Runs members until none is left, here or elsewhere; counts them by outcome.
@@ -183,15 +179,16 @@ class Runner:
 
     def _run_member(self, trial: optuna.Trial, device: jax.Device) -> float:
         """Runs one member, and records how it ended; returns its test error, or its test loss."""
-        trial.set_user_attr(store.RUNNER, store.this_runner())
+        trial.set_user_attr(store.RUNNER, f"process {os.getpid()} on {socket.gethostname()}")
         name = trial.user_attrs.get(store.MEMBER)
         if name is None or store.is_duplicate(self._study, trial.number, name):
             trial.set_user_attr(store.OUTCOME, store.DUPLICATE)
             raise optuna.TrialPruned("another runner has this member")
         folder = self._workdir / MEMBERS / trial.user_attrs[store.FOLDER]
-        with only_one(folder, give_up=self._stop.is_set) as alone:
-            if not alone:
-                raise StoppedError
+        folder.mkdir(parents=True, exist_ok=True)
+        # Heartbeats stop while a machine sleeps, and another runner takes its member over: when it
+        # wakes up, the folder must still have one writer.
+        with only_writer(folder, waits=lambda: not self._stop.is_set()):
             try:
                 values = self._train(trial, device, folder)
             except DivergenceError as error:
@@ -200,11 +197,11 @@ class Runner:
             except REQUEUED:
                 raise
             except Exception as error:  # Whatever it is, the other members go on.
-                reason = f"{type(error).__name__}: {' '.join(str(error).split())}"
+                told = reason(error)
                 if not isinstance(error, UserError):
                     (folder / TRACEBACK).write_text(traceback.format_exc())
-                    reason += f"; see {TRACEBACK} in its folder"
-                _record_end(trial, folder, store.FAILED, reason=reason)
+                    told += f"; see {TRACEBACK} in its folder"
+                _record_end(trial, folder, store.FAILED, reason=told)
                 raise
             _record_end(trial, folder, store.FINISHED)
         return values["test_error"] if "test_error" in values else values["test_loss"]

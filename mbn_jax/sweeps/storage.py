@@ -7,21 +7,20 @@ ended is an attribute of its trial, `OUTCOME`; a trial that ended without one di
 
 import datetime
 import json
-import os
 import pathlib
 import time
 import warnings
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import optuna
 import sqlalchemy
 from ml_collections import ConfigDict
 from optuna.trial import FrozenTrial, TrialState
 
-from mbn_jax.errors import UserError
+from mbn_jax.errors import UserError, one_line
 from mbn_jax.sweeps.declaration import Member
 from mbn_jax.training.config import changes, fields
+from mbn_jax.training.workdir import without_removed_fields
 
 STUDY = "sweep.db"
 HEARTBEAT_SECONDS = 10
@@ -83,9 +82,8 @@ def open_study(
             if attempts_left and isinstance(error, sqlalchemy.exc.DBAPIError):
                 time.sleep(1)
                 continue
-            reason = " ".join(str(error).split())
             raise UserError(
-                f"cannot open the sweep's database {storage or path}: {reason}"
+                f"cannot open the sweep's database {storage or path}: {one_line(error)}"
             ) from error
     raise AssertionError("unreachable")
 
@@ -131,7 +129,8 @@ def check_sweep(study: optuna.Study, config: ConfigDict, members: Sequence[Membe
     so far, or a member that is gone or has other fields.
     """
     now = fields(config)
-    before = study.user_attrs.get(CONFIG, now) | {"import_dir": config.import_dir}
+    before = without_removed_fields(study.user_attrs.get(CONFIG, now), "the sweep in this workdir")
+    before |= {"import_dir": config.import_dir}
     differing = changes(before, now)
     if differing:
         raise UserError(
@@ -187,42 +186,15 @@ def retry_failed(study: optuna.Study) -> None:
     study.set_user_attr(RETRIED, [*study.user_attrs.get(RETRIED, []), *failed])
 
 
-def this_runner() -> dict[str, Any]:
-    """Returns what tells this process from all others: on Linux also whether it still exists."""
-    return {"host": _host(), "pid": os.getpid(), "started": _start_of(os.getpid())}
-
-
-def _host() -> str:
-    """Returns what processes share that can see each other: one boot, one space of process ids."""
-    try:
-        boot = pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    except OSError:
-        return ""
-
-
-def _start_of(pid: int) -> str:
-    """Returns when a process began, in ticks since boot; '' where it is gone."""
-    try:
-        state, *rest = pathlib.Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
-        return ""
-    return "" if state == "Z" else rest[18]
-
-
 def abandon_stale(study: optuna.Study) -> None:
-    """Ends the trials whose runner is gone: at once on this machine, else when it falls silent."""
+    """Ends the trials whose runner has been silent for `GRACE_SECONDS`: it is gone, or asleep."""
     optuna.storages.fail_stale_trials(study)
+    # Optuna does not see those that were killed between their claim and their first heartbeat.
     now = datetime.datetime.now()
     for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        runner = trial.user_attrs.get(RUNNER)
-        if runner is None:  # Perhaps killed between its claim and its first heartbeat.
-            assert trial.datetime_start is not None
-            gone = (now - trial.datetime_start).total_seconds() > GRACE_SECONDS
-        else:
-            here = runner["host"] == _host() != ""
-            gone = here and _start_of(runner["pid"]) != runner["started"]
-        if gone:
+        assert trial.datetime_start is not None
+        seconds = (now - trial.datetime_start).total_seconds()
+        if RUNNER not in trial.user_attrs and seconds > GRACE_SECONDS:
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
 
 

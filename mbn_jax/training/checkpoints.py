@@ -1,12 +1,20 @@
 """Checkpoints of a run: written by Orbax, sealed by checksums, restored only if valid.
 
-A checkpoint that is unfinished or does not match its seal is named aloud and skipped.
+Orbax restores an array file with a flipped bit without complaint. So a seal beside the files has
+the SHA-256 of each; a checkpoint that is unfinished or does not match its seal is named aloud and
+skipped.
 """
 
+import asyncio.log
+import contextlib
 import functools
+import hashlib
+import json
+import logging as standard_logging
 import pathlib
+import re
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -18,14 +26,14 @@ from mbn_jax.errors import UserError
 from mbn_jax.parallel.devices import Devices, agree, first_device, first_host_first, replicate
 from mbn_jax.step.state import TrainState
 from mbn_jax.training import saved_statistics
-from mbn_jax.training.orbax_errors import disk_errors
-from mbn_jax.training.seal import damage, seal
+from mbn_jax.training.workdir import replace
 
 PyTree = Any
 
+SEAL = "checksums.json"
 UNFINISHED = "*.orbax-checkpoint-tmp*"
-DEFAULT_KEY_IMPL = "threefry2x32"
-"""JAX's own default, for checkpoints that do not name the implementation of their key."""
+OS_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")
+"""In TensorStore's ValueErrors that stand for an OSError."""
 
 
 class Checkpoints:
@@ -35,13 +43,7 @@ class Checkpoints:
     keeps its own.
     """
 
-    def __init__(
-        self,
-        folder: pathlib.Path,
-        *,
-        keep: int | None = None,
-        keep_best: bool = False,
-    ):
+    def __init__(self, folder: pathlib.Path, *, keep: int | None = None, keep_best: bool = False):
         """Opens `folder`, which is made where it is missing.
 
         Args:
@@ -68,7 +70,7 @@ class Checkpoints:
         Args:
           state: arrays `[devices, ...]`.
           local_statistics: whether devices keep statistics of their own.
-          notes: JSON values that `notes` returns after a restart.
+          notes: JSON values, for `Checkpoints.notes`.
           temporary: whether the checkpoint serves only to resume from, until the next regular one;
             it takes the place of no other.
 
@@ -80,7 +82,6 @@ class Checkpoints:
             "key_impl": str(jax.random.key_impl(host.key)),
             "notes": dict(notes or {}),
             "temporary": temporary,
-            "has_rule": True,
         }
         host = jax.device_get(_with_key_data(host))
         stats = saved_statistics.groups_of(state.batch_stats, local_statistics=local_statistics)
@@ -104,7 +105,7 @@ class Checkpoints:
     def _delete_old(self, keep: int) -> None:
         # Not by Orbax, which would delete the oldest before the newest is sealed.
         steps = set(self._manager.all_steps())
-        regular = sorted(step for step in steps if not self._layout(step).get("temporary"))
+        regular = sorted(step for step in steps if not self._layout(step)["temporary"])
         best = {self._best(steps)} if self._keep_best else set()
         for step in sorted(steps - set(regular[-keep:]) - best):
             self._manager.delete(step)
@@ -156,7 +157,7 @@ class Checkpoints:
     @property
     def notes(self) -> dict[str, Any]:
         """The notes of the newest valid checkpoint; `{}` without one."""
-        return self._layout(max(self._valid_steps)).get("notes", {}) if self._valid_steps else {}
+        return self._layout(max(self._valid_steps))["notes"] if self._valid_steps else {}
 
     def discard_damaged(self) -> None:
         """Deletes checkpoints that are not valid, so that the run can write these steps again."""
@@ -185,27 +186,25 @@ class Checkpoints:
         return self._manager.restore(step, args=args)["layout"]
 
     def _read(self, step: int, state: TrainState) -> tuple[TrainState, PyTree]:
+        """Returns the state of a checkpoint without its statistics, and these by group."""
         layout = self._layout(step)
-        key_impl, groups = layout.get("key_impl", DEFAULT_KEY_IMPL), layout["statistics_groups"]
-        # The key is restored as it was saved, whatever JAX's default is now.
-        state = state.replace(key=jax.random.key(0, impl=key_impl))
-        target = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), _with_key_data(state))
-        stats = jax.tree.map(lambda x: np.stack([np.asarray(x)] * groups), state.batch_stats)
-        # Earlier versions called it otherwise, or had none.
-        has_rule = layout.keys() & {"has_rule", "layers_recorded"}
-        saved = stats if has_rule else saved_statistics.without_rule(stats)
-        tree = {"state": target.replace(batch_stats={}), "batch_stats": saved}
-        args = ocp.args.Composite(tree=ocp.args.StandardRestore(tree))
         try:
+            # The key is restored as it was saved, whatever JAX's default is now.
+            key_impl, groups = layout["key_impl"], layout["statistics_groups"]
+            state = state.replace(key=jax.random.key(0, impl=key_impl))
+            target = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), _with_key_data(state))
+            stats = jax.tree.map(lambda x: np.stack([np.asarray(x)] * groups), state.batch_stats)
+            tree = {"state": target.replace(batch_stats={}), "batch_stats": stats}
+            args = ocp.args.Composite(tree=ocp.args.StandardRestore(tree))
             tree = self._manager.restore(step, args=args)["tree"]
         except (ValueError, KeyError, TypeError) as error:
-            # Its checksums match: it is valid, but of another model.
+            # Its checksums match: it is valid, but of another model, or of another version.
             raise UserError(
                 f"The checkpoint {self._folder / str(step)} does not fit the model of this "
                 f"config ({str(error).splitlines()[0]}); use the config it was made with."
             ) from error
         key = jax.random.wrap_key_data(tree["state"].key, impl=key_impl)
-        return tree["state"].replace(key=key), saved_statistics.overlay(stats, tree["batch_stats"])
+        return tree["state"].replace(key=key), tree["batch_stats"]
 
     def close(self) -> None:
         """Releases Orbax's threads."""
@@ -214,3 +213,59 @@ class Checkpoints:
 
 def _with_key_data(state: TrainState) -> TrainState:
     return state.replace(key=jax.random.key_data(state.key))
+
+
+def seal(folder: pathlib.Path) -> None:
+    """Writes the checksums of a checkpoint that is complete; raises UserError if it cannot."""
+    replace(folder / SEAL, json.dumps(_checksums(folder), indent=1).encode())
+
+
+def damage(folder: pathlib.Path) -> str | None:
+    """Returns what is wrong with a checkpoint, or None where it is as it was sealed."""
+    try:
+        expected = json.loads((folder / SEAL).read_text())
+    except FileNotFoundError:
+        return "it was not finished"
+    except ValueError:
+        return f"{SEAL} is damaged"
+    try:
+        found = _checksums(folder)
+    except FileNotFoundError:  # By the run that it belongs to, which is going on.
+        return "it was deleted meanwhile"
+    for name in sorted(set(expected) | set(found)):
+        if name not in found:
+            return f"{name} is missing"
+        if expected.get(name) != found[name]:
+            return f"{name} is damaged"
+    return None
+
+
+def _checksums(folder: pathlib.Path) -> dict[str, str]:
+    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != SEAL)
+    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """Raises errors of the disk within Orbax as OSError."""
+    try:
+        yield
+    except ValueError as error:
+        number = OS_ERROR.search(str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), str(error)) from error
+
+
+def _is_of_something_else(record: standard_logging.LogRecord) -> bool:
+    """Whether a message tells of more than a write to the disk that failed.
+
+    Orbax logs such errors and raises them too. Of the writes that fail after the one that is
+    raised, asyncio tells at any time later.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    return not isinstance(error, OSError) and OS_ERROR.search(str(error)) is None
+
+
+for logger in (logging.get_absl_logger(), asyncio.log.logger):
+    logger.addFilter(_is_of_something_else)

@@ -1,4 +1,4 @@
-"""The configuration of a run: its fields, with their defaults, rules and meanings."""
+"""The run configuration: its fields, with their defaults, checks and meanings."""
 
 import functools
 import json
@@ -13,9 +13,8 @@ from mbn_jax.datasets.find import DATASETS
 from mbn_jax.models import MODELS
 from mbn_jax.models.convolution import CONVOLUTIONS
 from mbn_jax.names import import_path
-from mbn_jax.parallel.devices import RUNTIMES
 from mbn_jax.training.config_files import with_free_kwargs
-from mbn_jax.training.field_rules import (
+from mbn_jax.training.field_checks import (
     ANY,
     BELOW_ONE,
     MEMORY_SIZE,
@@ -24,7 +23,7 @@ from mbn_jax.training.field_rules import (
     SEED,
     UP_TO_ONE,
     WIDTHS,
-    Rule,
+    Check,
     at_least,
     choice,
     name_of,
@@ -40,13 +39,13 @@ class Field(NamedTuple):
 
     Attributes:
       default: default value; its type is that of the field.
-      rule: what the value may be (`mbn_jax.training.rules` has the rules between fields).
+      check: what the value may be (`mbn_jax.training.checks` has the checks between fields).
       meaning: what the field means.
       host_only: whether no compiled program depends on it.
     """
 
     default: Any
-    rule: Rule
+    check: Check
     meaning: str
     host_only: bool = False
 
@@ -116,7 +115,6 @@ FIELDS = {
     "schedule.step_epochs": Field((5.0, 7.5), ANY, "epochs at which the rate of 'step' falls"),
     "schedule.step_factor": Field(0.1, POSITIVE, "factor by which the rate of 'step' falls"),
     # Run.
-    "runtime": Field("pmap", choice(RUNTIMES), "how a program runs on several devices"),
     "steps_per_dispatch": Field(1, at_least(1), "training steps in one call of the devices"),
     "eval_batch_size": Field(512, at_least(1), "rounded up to a multiple of the devices"),
     "recalibrate_batches": Field(0, at_least(0), "batches to evaluate by, too; 0: none"),

@@ -9,7 +9,6 @@ import pathlib
 import re
 import runpy
 import sys
-import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -17,8 +16,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from mbn_jax.command_line import expand_home
-from mbn_jax.errors import UserError
-from mbn_jax.names import is_import_path
+from mbn_jax.errors import UserError, one_line
+from mbn_jax.names import is_import_path, reason
 from mbn_jax.training.presets import PRESETS, use_preset
 
 ROOT_FILES = ("pyproject.toml", "setup.py", "setup.cfg", ".git")
@@ -163,31 +162,14 @@ def call_in_file(path: str, function: str) -> Any:
         with _importable(
             [file.absolute().parent, file.absolute().parent.parent, pathlib.Path.cwd()]
         ):
-            called = runpy.run_path(str(file))[function]
+            called = runpy.run_path(str(file.absolute()))[function]
             _check_argument(called, argument, f"{function}() of {file}", str(file))
             return called(*arguments)
     except UserError:
         raise
     except Exception as error:  # The file is the user's code: it may fail in any way.
-        reason = " ".join(str(error).split())
-        line = _line_of(error, file.absolute().parent)
-        raise UserError(
-            f"{file}: {function}() failed: {type(error).__name__}: {reason}{line}"
-        ) from error
-
-
-def _line_of(error: Exception, folder: pathlib.Path) -> str:
-    """Returns the last line in a folder that an error came through, ' (FILE, line 3)', or ''."""
-    if isinstance(error, SyntaxError):
-        return ""  # Its text ends with file and line.
-    frames = traceback.extract_tb(error.__traceback__)
-    paths = [pathlib.Path(frame.filename).absolute() for frame in frames]
-    there = [
-        f" ({path.name}, line {frame.lineno})"
-        for path, frame in zip(paths, frames, strict=True)
-        if path.parent == folder
-    ]
-    return there[-1] if there else ""
+        why = reason(error, [file.absolute().parent])
+        raise UserError(f"{file}: {function}() failed: {why}") from error
 
 
 def _check_argument(called, argument: str | None, name: str, file: str) -> None:
@@ -254,8 +236,7 @@ def with_fields(config: ConfigDict, fields: Mapping[str, Any], where: str) -> Co
     try:
         config.update_from_flattened_dict(dict(fields))
     except (TypeError, KeyError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(f"{where}: a value of the wrong type: {reason}") from error
+        raise UserError(f"{where}: a value of the wrong type: {one_line(error)}") from error
     return config
 
 

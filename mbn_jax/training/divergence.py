@@ -1,10 +1,11 @@
 """Divergence: notices numbers that are not finite, and finds the layer where they began."""
 
+from collections import OrderedDict
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import struct
 from ml_collections import ConfigDict
 
 from mbn_jax.datasets.split import Examples
@@ -55,13 +56,7 @@ class FiniteCheck:
         self._schedule = schedule
 
     def __call__(self, value: float, what: str, step: int, *, after_update: bool = False) -> None:
-        """Checks one number.
-
-        Args:
-          value: the number.
-          what: its name.
-          step: step that it belongs to.
-          after_update: whether it depends on the update of that step.
+        """Checks a number of a step, called `what`, which may depend on the step's update.
 
         Raises:
           DivergenceError: naming the number, the step and its learning rate.
@@ -94,13 +89,8 @@ def find_layer(
     """Finds the first layer whose statistics were not finite, by training up to there again.
 
     A run is a function of its steps, so the loss that was not finite comes again. The last records
-    of a run cannot tell the layer: by then all layers are affected.
-
-    Args:
-      program: program of the run.
-      config: run configuration.
-      state: state of a step before the error, arrays `[devices, ...]`; it is donated.
-      error: what ended the run.
+    of a run cannot tell the layer: by then all layers are affected. `state` is of a step before the
+    error, and is donated.
 
     Returns:
       A clause that names the layer.
@@ -131,24 +121,7 @@ def _layers_not_finite(
     step = program.compiled(finite_layers_step, after_update=after_update)
     data = program.data(program.task.train)
     found = first_device(step(state, program.hparams(config), data, stack))
-    return [
-        layer
-        for layer, is_finite in zip(found.layers, jax.device_get(found.is_finite), strict=True)
-        if not is_finite
-    ]
-
-
-@struct.dataclass
-class FiniteLayers:
-    """Which layers have finite statistics.
-
-    Attributes:
-      layers: paths of the layers, in the order of their calls.
-      is_finite: an int32 scalar for each layer: 1 for finite statistics, 0 for others.
-    """
-
-    layers: tuple[str, ...] = struct.field(pytree_node=False)
-    is_finite: tuple[jax.Array, ...]
+    return [layer for layer, is_finite in jax.device_get(found).items() if not is_finite]
 
 
 def finite_layers_step(
@@ -159,11 +132,14 @@ def finite_layers_step(
     stack: BatchStack,
     *,
     after_update: bool,
-) -> FiniteLayers:
+) -> OrderedDict[str, jax.Array]:
     """Checks the moments of each layer's input on the next batch, and its own statistics.
 
     With `after_update` it looks after the next update, on the same batch. For the arguments see
     `mbn_jax.training.steps`.
+
+    Returns:
+      By layer, in the order of their calls, an int32 scalar: 1 where all are finite, else 0.
     """
     batch = next_batch(task, state, hparams, data, stack)
     new = build_train_step(task, hparams)(state, batch)[0] if after_update else state
@@ -171,9 +147,9 @@ def finite_layers_step(
     with record_norm_inputs(task.norm_layers) as recorded:
         task.loss(training_apply(task, hparams, variables, state.key), batch)
     kept = layer_statistics(new.batch_stats)
-    flags = []
+    flags = OrderedDict()  # JAX sorts a dict.
     for layer, moments in recorded.items():
         numbers = (moments.mean, moments.var, *kept.get(layer, ()))
         is_finite = jnp.stack([jnp.isfinite(x).all() for x in numbers]).all()
-        flags.append(jax.lax.pmin(is_finite.astype(jnp.int32), AXIS_NAME))
-    return FiniteLayers(tuple(recorded), tuple(flags))
+        flags[layer] = jax.lax.pmin(is_finite.astype(jnp.int32), AXIS_NAME)
+    return flags

@@ -1,5 +1,6 @@
 """Evaluation of a run that is on disk."""
 
+import contextlib
 import pathlib
 
 import jax
@@ -8,9 +9,9 @@ from ml_collections import ConfigDict
 from mbn_jax.errors import UserError
 from mbn_jax.parallel.devices import Devices, first_device
 from mbn_jax.training.checkpoints import Checkpoints
+from mbn_jax.training.checks import validate_devices
 from mbn_jax.training.passes import evaluate, recalibrate
 from mbn_jax.training.program import Programs
-from mbn_jax.training.rules import validate_devices
 from mbn_jax.training.task import load_dataset_split
 from mbn_jax.training.workdir import CHECKPOINTS, check_checkpoint, load_config
 
@@ -39,8 +40,7 @@ def evaluate_run(
     """
     config = load_config(workdir)
     program = Programs(_devices_that_fit(config)).get(config)
-    checkpoints = Checkpoints(workdir / CHECKPOINTS)
-    try:
+    with contextlib.closing(Checkpoints(workdir / CHECKPOINTS)) as checkpoints:
         state = checkpoints.restore(
             program.init_state(config),
             local_statistics=program.task.local_statistics,
@@ -48,8 +48,6 @@ def evaluate_run(
             best=best,
         )
         noted = checkpoints.notes.get("config")
-    finally:
-        checkpoints.close()
     check_checkpoint(config, noted, workdir)
     if state is None:
         of_which = " that notes its test error" if best else ""

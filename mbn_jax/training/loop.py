@@ -11,9 +11,9 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from mbn_jax.errors import UserError
+from mbn_jax.errors import StoppedError, UserError, one_line
 from mbn_jax.parallel.devices import check_alike, first_device, first_host_first
-from mbn_jax.parallel.preemption import StopAsked, StoppedError
+from mbn_jax.parallel.preemption import StopAsked
 from mbn_jax.step.state import TrainState
 from mbn_jax.training.checkpoints import Checkpoints
 from mbn_jax.training.config import fields
@@ -32,8 +32,8 @@ from mbn_jax.training.reporting import (
     selection_metric,
     shown,
 )
-from mbn_jax.training.resuming import Start, find_start
 from mbn_jax.training.shift import measure_shift
+from mbn_jax.training.start import Start, find_start
 from mbn_jax.training.workdir import CHECKPOINTS, CONFIG, open_workdir, save_config, writing
 
 LAST_VALUES = ("step", "train_", "test_", "recalibrated_test_")
@@ -88,12 +88,13 @@ def train(
     reporter.say(f"{name}: {norm_title(config)}")
     if start.step:
         reporter.say(f"resumed from the checkpoint of step {start.step}")
-    run = Run(program, config, workdir, reporter, Intervals.of(program.task, config))
+    run = Run(program, config, workdir, reporter, Intervals(program.task, config))
     try:
-        with (
-            contextlib.closing(_open_checkpoints(run)) as checkpoints,
-            contextlib.closing(reporter),
-        ):
+        with writing(workdir):
+            checkpoints = Checkpoints(
+                workdir / CHECKPOINTS, keep=config.keep_checkpoints, keep_best=config.keep_best
+            )
+        with contextlib.closing(checkpoints), contextlib.closing(reporter):
             _train_from(start, run, checkpoints, stop_asked)
     except DivergenceError as error:
         layer = _find_layer(run, error)
@@ -106,7 +107,7 @@ def train(
 
 
 def _open(config: ConfigDict, workdir: pathlib.Path, programs: Programs) -> Program:
-    """Opens the folder and the data of a run, and checks them; raises UserError."""
+    """Opens folder and data, and checks them; raises UserError."""
     with first_host_first():  # One host prepares folder and data for all.
         open_workdir(config, workdir)
         program = programs.get(config)
@@ -129,30 +130,13 @@ def _save_config(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run works with, from its start to its end.
-
-    Attributes:
-      program: compiled functions and data.
-      config: run configuration.
-      workdir: folder of the run.
-      reporter: writes records, and shows progress.
-      intervals: what is due after which step.
-    """
+    """What a run works with, from its start to its end."""
 
     program: Program
     config: ConfigDict
     workdir: pathlib.Path
     reporter: Reporter
     intervals: Intervals
-
-
-def _open_checkpoints(run: Run) -> Checkpoints:
-    with writing(run.workdir):
-        return Checkpoints(
-            run.workdir / CHECKPOINTS,
-            keep=run.config.keep_checkpoints,
-            keep_best=run.config.keep_best,
-        )
 
 
 def _train_from(
@@ -204,8 +188,7 @@ def _find_layer(run: Run, error: DivergenceError) -> str:
         last_saved = find_start(run.program, run.config, run.workdir).state
         return find_layer(run.program, run.config, last_saved, error)
     except Exception as failed:  # The divergence is what must be told.
-        reason = " ".join(str(failed).split()) or type(failed).__name__
-        return f"its layer could not be found ({reason})"
+        return f"its layer could not be found ({one_line(failed)})"
 
 
 def _to_host(pending: list[Any]) -> dict[str, np.ndarray]:

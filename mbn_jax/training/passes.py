@@ -1,6 +1,6 @@
 """Passes over the data on the devices: training, evaluation, and moments for recalibration.
 
-Every function takes the program and the configuration of a run; arrays are `[devices, ...]`.
+Every function takes a program and a run configuration; arrays are `[devices, ...]`.
 """
 
 import math
@@ -35,6 +35,7 @@ from mbn_jax.training.steps import (
     eval_step,
     moments_step,
     replace_statistics,
+    train_steps,
 )
 from mbn_jax.training.task import EvalTotals
 
@@ -63,11 +64,9 @@ class Dispatch(NamedTuple):
 def train_pass(
     program: Program, config: ConfigDict, state: TrainState, last_step: int
 ) -> Iterator[Dispatch]:
-    """Trains, yielding after every dispatch; nothing in it waits for the devices.
+    """Trains up to `last_step`, yielding after every dispatch; nothing in it waits for the devices.
 
-    Args, beside program and configuration:
-      state: state to start from; it is donated.
-      last_step: step to stop after.
+    The state that it starts from is donated.
     """
     step, total_steps = int(first_device(state.step)), program.task.total_steps
     stride = config.steps_per_dispatch
@@ -81,11 +80,11 @@ def train_pass(
         # Up to the next multiple of the stride, where records and checkpoints may be due: a run
         # that was lengthened, or had another stride, resumes between two of them.
         num_steps = min(stride - step % stride, last_step - step)
-        train_steps = program.train_steps(num_steps)
+        compiled = program.compiled(train_steps, donate_argnums=(0,), num_steps=num_steps)
         # No hidden copies to the devices in this loop. (Over several hosts, pmap copies the random
         # keys itself.)
         with jax.transfer_guard("disallow" if jax.process_count() == 1 else "allow"):
-            state, metrics = train_steps(state, hparams, data, stack)
+            state, metrics = compiled(state, hparams, data, stack)
         step += num_steps
         if step == stack_end and step < total_steps:
             stack, stack_end = next(stacks)
@@ -127,7 +126,7 @@ def evaluate(
     Statistics that devices keep for themselves are pooled first. The default is the test split.
 
     Returns:
-      The metrics of the run's loss; of 'cross_entropy' these are 'loss', the mean cross-entropy,
+      The metrics of the loss; of 'cross_entropy' these are 'loss', the mean cross-entropy,
       and 'error', the share of wrong predictions. A ratio of 0 to 0 is NaN.
     """
     task = program.task
@@ -165,16 +164,10 @@ def input_moments(
     *,
     recalibrate: bool = False,
 ) -> dict[str, Moments]:
-    """Returns the moments of the norm layers' inputs over training examples, by layer.
+    """Returns the moments of the norm layers' inputs, by layer, the same on all devices.
 
-    Args, beside program and configuration:
-      params: parameters.
-      batch_stats: statistics to normalize by.
-      num_examples: how many examples, evenly spaced over the training split; 0: all.
-      recalibrate: normalize by each batch's own statistics (see `moments_step`).
-
-    Returns:
-      Moments that are the same on all devices.
+    They are over `num_examples` training examples, evenly spaced; 0: over all. `recalibrate` is
+    that of `moments_step`.
     """
     split = program.task.train
     step = program.compiled(moments_step, recalibrate=recalibrate)

@@ -11,11 +11,11 @@ import jax
 from ml_collections import ConfigDict
 
 from mbn_jax.datasets.split import Examples, Split
-from mbn_jax.parallel.devices import Devices, local_devices, map_over_devices, replicate
+from mbn_jax.parallel.devices import AXIS_NAME, Devices, local_devices, replicate
 from mbn_jax.step.state import TrainState
+from mbn_jax.training.checks import validate
 from mbn_jax.training.config import program_key
 from mbn_jax.training.hparams import HParams
-from mbn_jax.training.rules import validate
 from mbn_jax.training.steps import init_state, train_steps
 from mbn_jax.training.task import Task
 
@@ -59,20 +59,16 @@ class Program:
                 self.compilations[function.__name__] += 1  # Runs once, as JAX traces it.
                 return function(self.task, *args, **static)
 
-            self._compiled[key] = map_over_devices(
+            self._compiled[key] = jax.pmap(
                 device_function,
-                runtime=self.task.config.runtime,
+                axis_name=AXIS_NAME,
                 devices=self.devices,
                 donate_argnums=donate_argnums,
             )
         return self._compiled[key]
 
-    def train_steps(self, num_steps: int) -> Callable:
-        """Returns `mbn_jax.training.steps.train_steps` compiled; it donates the state."""
-        return self.compiled(train_steps, donate_argnums=(0,), num_steps=num_steps)
-
     def init_state(self, config: ConfigDict) -> TrainState:
-        """Returns the state before the first step of a run, on one device."""
+        """Returns the state before the first step, on one device."""
         if init_state not in self._compiled:
             # On a device of the program, which may not be the first of the process.
             device = local_devices(self.devices)[0]
@@ -83,7 +79,7 @@ class Program:
         return self._compiled[init_state](HParams.from_config(config).as_arrays())
 
     def hparams(self, config: ConfigDict) -> HParams:
-        """Returns the hyperparameters of a run on the devices, `[devices]`."""
+        """Returns the hyperparameters on the devices, `[devices]`."""
         return replicate(HParams.from_config(config).as_arrays(), self.devices)
 
 

@@ -74,10 +74,7 @@ def _lines_until(workdir: pathlib.Path, step: int) -> bytes:
 def check_records(workdir: pathlib.Path, step: int, digest: str | None) -> None:
     """Checks the records up to a checkpoint; says so where the file is missing.
 
-    Args:
-      workdir: folder of the run.
-      step: step of the checkpoint.
-      digest: SHA-256 of these records, noted with the checkpoint; None: none was.
+    The checkpoint is of `step`, and notes their SHA-256 as `digest`; None: it notes none.
 
     Raises:
       UserError: where they are not those that were written.
@@ -115,12 +112,8 @@ class Reporter:
     ):
         """Opens the files of a run that resumes after `first_step`, and drops later records.
 
-        Args:
-          workdir: folder of the run.
-          first_step: step that the run resumes from; 0 for a new run.
-          total_steps: total training steps.
-          on_record: called with step and values of every record, in place of what is shown.
-          silent: write nothing either, on a host that is not the first.
+        `on_record` is called with step and values of every record, in place of what is shown. A
+        `silent` one, on a host that is not the first, writes nothing either.
         """
         self.last: Mapping[str, float] = {}
         self._silent = silent

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from mbn_jax.core.batch_stats import map_layers, pool_batch_stats
+from mbn_jax.core.batch_stats import pool_batch_stats
 from mbn_jax.parallel.devices import (
     Devices,
     distribute,
@@ -36,38 +36,11 @@ def num_groups(stats: PyTree) -> int:
     return max((len(x) for x in jax.tree.leaves(stats)), default=1)
 
 
-def without_rule(stats: PyTree) -> PyTree:
-    """Returns statistics without what layers record of themselves: older checkpoints lack it."""
-    return map_layers(
-        lambda _, layer: {k: v for k, v in layer.items() if k not in ("rule", "groups")}, stats
-    )
-
-
-def overlay(stats: PyTree, saved: PyTree) -> PyTree:
-    """Returns `stats` with all that was saved in its place.
-
-    >>> overlay({"norm": {"mean": 0, "rule": 1}}, {"norm": {"mean": 2}})
-    {'norm': {'mean': 2, 'rule': 1}}
-    """
-    if not isinstance(stats, dict):
-        return saved
-    return {k: overlay(v, saved[k]) if k in saved else v for k, v in stats.items()}
-
-
 def on_devices(stats: PyTree, like: PyTree, *, local_statistics: bool, devices: Devices) -> PyTree:
     """Puts saved statistics on the devices.
 
     Where the groups are not these devices, their statistics are pooled, and every device starts
-    from the pool.
-
-    Args:
-      stats: `[groups, ...]`.
-      like: statistics of one device.
-      local_statistics: whether devices keep statistics of their own.
-      devices: some of this host's; None: all, of all hosts.
-
-    Returns:
-      Arrays `[devices, ...]`.
+    from the pool; those of one device now have the shapes of `like`.
     """
     is_empty = not jax.tree.leaves(stats)
     if not local_statistics or is_empty or num_groups(stats) != len(devices or jax.devices()):

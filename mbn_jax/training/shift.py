@@ -35,11 +35,8 @@ def measure_shift(
 
     The shift is that of the whole batch, whatever part of it the run sends forward twice.
 
-    Args:
-      program: program of the run.
-      config: run configuration; `config.shift` says which layers, and which population.
-      state: arrays `[devices, ...]`.
-      upcoming: the stack with the next batch; None at the end of a run.
+    `config.shift` says which layers and which population; `upcoming` is the stack with the next
+    batch, None at the end of a run.
 
     Returns:
       'shift_mean', 'shift_std' and 'shift_kl' of the next update (see `moments_shift`), and

@@ -19,12 +19,18 @@ from mbn_jax.datasets.batches import pixel_statistics
 from mbn_jax.datasets.find import open_split
 from mbn_jax.datasets.order import BatchOrder
 from mbn_jax.datasets.split import Examples, Split
-from mbn_jax.errors import UserError
+from mbn_jax.errors import UserError, one_line
 from mbn_jax.models import build_model
 from mbn_jax.names import is_import_path, kwargs_of, reason
 from mbn_jax.statistics.recalibration import record_norm_inputs
 from mbn_jax.step.state import TrainState
 from mbn_jax.step.train_step import make_train_step
+from mbn_jax.training.checks import (
+    import_from_config,
+    validate,
+    validate_devices,
+    validate_examples,
+)
 from mbn_jax.training.config import (
     NAMED,
     dataset_splits,
@@ -42,12 +48,6 @@ from mbn_jax.training.losses import (
 )
 from mbn_jax.training.norms import build_norm, norm_layers
 from mbn_jax.training.optimizers import build_optimizer, build_schedule
-from mbn_jax.training.rules import (
-    import_from_config,
-    validate,
-    validate_devices,
-    validate_examples,
-)
 
 PyTree = Any
 EvalTotals = dict[str, tuple[jax.Array, jax.Array]]
@@ -173,12 +173,10 @@ class Task:
     def init_variables(
         self, model: nn.Module, key: jax.Array, size: int = 1
     ) -> tuple[PyTree, EvalMetrics]:
-        """Initializes a network as `eval_metrics` calls it; returns variables and these metrics.
+        """Initializes a network as `eval_metrics` calls it, with a batch of `size` zeros.
 
-        Args:
-          model: from `model`.
-          key: random key of the initialization.
-          size: examples in the batch of zeros that it is called with.
+        Returns:
+          Its variables, and what `eval_metrics` returned.
         """
         variables: PyTree = {}
 
@@ -321,7 +319,7 @@ def _explained(task: Task, error: Exception) -> str:
     else:
         data = "batches of " + ", ".join(f"{name} {spec.shape}" for name, spec in arrays.items())
     is_told = isinstance(error, ValueError | TypeError)
-    why = " ".join(str(error).split()) if is_told else reason(error)
+    why = one_line(error) if is_told else reason(error)
     if isinstance(error, TypeError) and "'train'" in why:
         why += "; a network must take train=, whether it is called in training"
     if isinstance(error, TypeError) and "'num_classes'" in why and not task.train.num_classes:

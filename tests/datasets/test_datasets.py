@@ -18,12 +18,12 @@ from mbn_jax.datasets.batches import (
     pixel_statistics,
     training_batches,
 )
+from mbn_jax.datasets.find import open_split as load_split
 from mbn_jax.datasets.order import BatchOrder
 from mbn_jax.datasets.standard import STANDARD, standard_dataset
-from mbn_jax.datasets.tfds_splits import load_split
 from mbn_jax.errors import UserError
+from mbn_jax.training.checks import validate
 from mbn_jax.training.config import default_config
-from mbn_jax.training.rules import validate
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +338,12 @@ def test_augmentation_depends_on_step_and_position_alone(train):
             {},
             r"'digits' has no examples in split 'valid'; its splits are \['test', 'train'\]",
         ),
-        ("digits:9.9.9", "train", {}, "Data set 'digits:9.9.9' cannot be opened"),
+        (
+            "digits",
+            "train",
+            {"kwargs": (("version", "9.9.9"),)},
+            "Data set 'digits' cannot be opened",
+        ),
         ("digits", "test[:0]", {}, r"'digits' has no examples in split 'test\[:0\]'"),
     ],
 )

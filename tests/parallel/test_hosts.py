@@ -156,12 +156,9 @@ def assert_close(state, other):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("runtime", "sync", "launched"),
-    [("shard_map", "sync", by_slurm), ("pmap", "local", by_flags)],
-)
-def test_many_hosts_run_as_one(data_dir, tmp_path, runtime, sync, launched):
-    config = config_of(data_dir, **{"norm.sync": sync, "runtime": runtime})
+@pytest.mark.parametrize(("sync", "launched"), [("sync", by_slurm), ("local", by_flags)])
+def test_many_hosts_run_as_one(data_dir, tmp_path, sync, launched):
+    config = config_of(data_dir, **{"norm.sync": sync})
     train(config, tmp_path / "one", programs=PROGRAMS[4])
     one = final_state(PROGRAMS[4], config, tmp_path / "one")
     many = tmp_path / "many"
@@ -193,7 +190,7 @@ def test_many_hosts_run_as_one(data_dir, tmp_path, runtime, sync, launched):
 @pytest.mark.slow
 def test_hosts_resume_what_one_process_started_and_share_groups(data_dir, tmp_path):
     # Groups of two devices, which are of two hosts each.
-    config = config_of(data_dir, **{"norm.sync": "group", "runtime": "shard_map"})
+    config = config_of(data_dir, **{"norm.sync": "group"})
     train(config, tmp_path / "one", programs=PROGRAMS[4])
     many = only_half(tmp_path / "one", tmp_path / "many")
     run_on_hosts(by_flags(4), config, many, devices=1)

@@ -14,7 +14,7 @@ from stepping import Net, batches, endless, loss_fn, memorized, run, stats_of
 
 from mbn_jax import MemorizedBatchNorm, TrainState, make_train_step
 from mbn_jax.core.double_forward import BATCH_MOMENTS, FIRST_BATCH_MOMENTS
-from mbn_jax.parallel.devices import AXIS_NAME, map_over_devices, replicate
+from mbn_jax.parallel.devices import AXIS_NAME, replicate
 
 MODES = ("off", "rewrite", "transport")
 every_mode = pytest.mark.parametrize("mode", MODES)
@@ -376,7 +376,7 @@ def test_step_and_layers_must_mean_the_same_devices(norm):
         model = Net(functools.partial(norm, axis_name=layer_axis))
         state = replicate(created(model, tx, x[0]), devices)
         step = make_train_step(model.apply, tx, loss_fn, axis_name=step_axis, **options)
-        return map_over_devices(step, devices=devices)(state, x)
+        return jax.pmap(step, axis_name=AXIS_NAME, devices=devices)(state, x)
 
     with pytest.raises(
         ValueError, match=r"sync over 'batch', and make_train_step has axis_name=None"
@@ -393,13 +393,17 @@ def test_step_and_layers_must_mean_the_same_devices(norm):
         axis_name=AXIS_NAME,
         frozen_statistics=True,
     )
-    map_over_devices(step, devices=devices)(replicate(created(frozen, tx, x[0]), devices), x)
+    jax.pmap(step, axis_name=AXIS_NAME, devices=devices)(
+        replicate(created(frozen, tx, x[0]), devices), x
+    )
     stepped(AXIS_NAME, AXIS_NAME)
     groups = functools.partial(norm, axis_index_groups=((0,), (1,)))
     model = Net(functools.partial(groups, axis_name=AXIS_NAME))
     step = make_train_step(model.apply, tx, loss_fn, axis_name=AXIS_NAME)
     with pytest.raises(ValueError, match="statistics of their own"):
-        map_over_devices(step, devices=devices)(replicate(created(model, tx, x[0]), devices), x)
+        jax.pmap(step, axis_name=AXIS_NAME, devices=devices)(
+            replicate(created(model, tx, x[0]), devices), x
+        )
 
 
 @pytest.mark.parametrize(

@@ -33,7 +33,6 @@ from mbn_jax.linen.virtual_batches import VirtualBatches
 from mbn_jax.parallel.devices import (
     AXIS_NAME,
     first_device,
-    map_over_devices,
     replicate,
     split_over_devices,
 )
@@ -276,7 +275,7 @@ def test_local_statistics_move_by_the_shift_of_their_own_batch():
         axis_name=AXIS_NAME,
         local_statistics=True,
     )
-    step, end = map_over_devices(step, devices=devices), replicate(start, devices)
+    step, end = jax.pmap(step, axis_name=AXIS_NAME, devices=devices), replicate(start, devices)
     for x in data:
         before = jax.device_get(end)
         end, _ = step(end, split_over_devices(x, devices=devices))

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 
 from mbn_jax.errors import UserError
+from mbn_jax.training.checks import validate
 from mbn_jax.training.config import FIELDS, default_config, fields, program_key
 from mbn_jax.training.config_files import with_fields
 from mbn_jax.training.hparams import HPARAM_FIELDS, HParams
-from mbn_jax.training.rules import validate
 
 
 def changed(**fields_by_name):

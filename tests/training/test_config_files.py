@@ -5,9 +5,9 @@ import sys
 import pytest
 
 from mbn_jax.errors import UserError
+from mbn_jax.training.checks import validate
 from mbn_jax.training.config_files import call_in_file, parse_config
 from mbn_jax.training.presets import PRESETS, preset_of
-from mbn_jax.training.rules import validate
 
 RETURNS = "from ml_collections import ConfigDict\ndef get_config({}):\n  return ConfigDict({})\n"
 

@@ -190,10 +190,8 @@ def test_local_statistics_start_from_their_pool_on_other_devices(config, tmp_pat
 
 
 @pytest.mark.parametrize("norm", ["batch", "none"])
-@pytest.mark.parametrize("runtime", ["pmap", "shard_map"])
-def test_other_norms_and_the_other_runtime(config, tmp_path, norm, runtime):
+def test_other_norms(config, tmp_path, norm):
     config.norm.name = norm
-    config.runtime = runtime
     config.num_epochs = 0.5
     assert np.isfinite(train(config, tmp_path)["test_loss"])
 
@@ -253,8 +251,9 @@ def test_bfloat16_computes_in_it_and_keeps_float32_state(config):
     assert {x.dtype for x in kept} == {jnp.dtype("float32")}
     stack = replicate(BatchStack(np.int32(0), np.zeros((4, 2), np.int32)))
     args = (replicate(state), program.hparams(config), program.data(program.task.train), stack)
-    assert "bf16" in program.train_steps(1).lower(*args).as_text()
-    new = jax.eval_shape(program.train_steps(1), *args)[0]
+    step = program.compiled(steps_module.train_steps, num_steps=1)
+    assert "bf16" in step.lower(*args).as_text()
+    new = jax.eval_shape(step, *args)[0]
     kept = jax.tree.leaves((new.params, new.batch_stats))
     assert {x.dtype for x in kept} == {jnp.dtype("float32")}
 

@@ -12,6 +12,7 @@ from mbn_jax.training.passes import batch_stacks
 from mbn_jax.training.program import Programs
 from mbn_jax.training.reporting import read_metrics
 from mbn_jax.training.shift import measure_shift
+from mbn_jax.training.steps import train_steps
 
 
 @pytest.fixture
@@ -41,7 +42,7 @@ def after_steps(config, devices, steps):
     hparams = program.hparams(config)
     data = program.data(program.task.train)
     for _ in range(steps):
-        state, _ = program.train_steps(1)(state, hparams, data, stack)
+        state, _ = program.compiled(train_steps, num_steps=1)(state, hparams, data, stack)
     return program, state, hparams, data, stack
 
 
@@ -63,7 +64,7 @@ def test_shift_of_the_first_layer_by_hand(config, count, norm):
 
     # Copied: the next step is given their buffers.
     before = jax.device_get(state)
-    state, _ = program.train_steps(1)(state, hparams, data, stack)
+    state, _ = program.compiled(train_steps, num_steps=1)(state, hparams, data, stack)
     m, v = moments(first_inputs(before.params["Conv_0"]["kernel"][0]))
     m_after, v_after = moments(first_inputs(state.params["Conv_0"]["kernel"][0]))
     layer = "MemorizedBatchNorm_0" if norm == "memorized" else "BatchNorm_0"
@@ -91,12 +92,16 @@ def test_shift_of_a_deep_layer_is_that_of_the_second_forward(config, mode):
     program, state, hparams, data, stack = after_steps(config, devices, 3)
     measured = measure_shift(program, config, state, stack)
     before = jax.device_get(state)
-    state, _ = program.train_steps(1)(state, hparams, data, stack)
+    state, _ = program.compiled(train_steps, num_steps=1)(state, hparams, data, stack)
     # Its statistics after the update are those that the step itself pushed.
     layer = "MemorizedBatchNorm_1"
     old, new = (jax.tree.map(lambda x: x[0], s.batch_stats[layer]) for s in (before, state))
     config.double_forward = "off"  # What the first forward pushes.
-    first, _ = Programs(devices).get(config).train_steps(1)(before, hparams, data, stack)
+    first, _ = (
+        Programs(devices)
+        .get(config)
+        .compiled(train_steps, num_steps=1)(before, hparams, data, stack)
+    )
     first = jax.tree.map(lambda x: x[0], first.batch_stats[layer])
     var = old["var"][:3].mean(0) + old["mean"][:3].var(0) + 1e-5
     moved = np.sqrt((np.square(new["mean"][0] - first["mean"][0]) / var).mean())

@@ -19,9 +19,8 @@ import pandas as pd
 import pytest
 from runs import assert_same_bits, final_state, records, write_config
 
-from mbn_jax.errors import UserError
+from mbn_jax.errors import StoppedError, UserError
 from mbn_jax.parallel.devices import replicate
-from mbn_jax.parallel.preemption import StoppedError
 from mbn_jax.step.state import TrainState
 from mbn_jax.sweeps import storage as store
 from mbn_jax.sweeps.declaration import Member
@@ -478,7 +477,7 @@ def test_sigterm_saves_and_ends_with_a_status_of_its_own(small, tmp_path):
 
 DIE = """
 import os, signal
-import mbn_jax.training.seal as module
+import mbn_jax.training.checkpoints as module
 from mbn_jax.training import loop as train
 
 def die(*_, **__):

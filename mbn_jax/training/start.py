@@ -1,20 +1,27 @@
-"""The weights that a new run starts from: those of another run."""
+"""The state that a run starts from: its newest checkpoint, another run's weights, or new ones."""
 
+import contextlib
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+import jax
 import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
+from ml_collections import ConfigDict
 
 from mbn_jax.command_line import expand_home
 from mbn_jax.core.batch_stats import layers_with_statistics, map_layers
 from mbn_jax.errors import UserError
+from mbn_jax.parallel.devices import first_device, first_host_first, replicate
 from mbn_jax.statistics.batch_norm import from_batch_norm
 from mbn_jax.step.state import TrainState
 from mbn_jax.training import saved_statistics
 from mbn_jax.training.checkpoints import Checkpoints
-from mbn_jax.training.workdir import CHECKPOINTS
+from mbn_jax.training.program import Program
+from mbn_jax.training.reporting import check_records
+from mbn_jax.training.workdir import CHECKPOINTS, check_checkpoint, writing
 
 PyTree = Any
 
@@ -22,16 +29,58 @@ BATCH_NORM = {"mean", "var", "groups"}
 COUNTERS = ("steps", "rule", "groups")
 
 
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a run starts from.
+
+    Attributes:
+      state: arrays `[devices, ...]`.
+      step: its step.
+      pending: metrics of steps up to it that are not in a record yet, `[1, steps]`.
+    """
+
+    state: TrainState
+    step: int
+    pending: dict[str, np.ndarray]
+
+
+def find_start(program: Program, config: ConfigDict, workdir: pathlib.Path) -> Start:
+    """Reads the newest valid checkpoint, or makes the state before the first step.
+
+    Checkpoints that are not valid are deleted.
+
+    Raises:
+      UserError: if the checkpoint is of another configuration, or the records do not fit it.
+    """
+    initial = program.init_state(config)
+    with (
+        writing(workdir),
+        contextlib.closing(Checkpoints(workdir / CHECKPOINTS)) as checkpoints,
+    ):
+        state = checkpoints.restore(
+            initial, local_statistics=program.task.local_statistics, devices=program.devices
+        )
+        notes = checkpoints.notes
+        checkpoints.discard_damaged()
+    check_checkpoint(config, notes.get("config"), workdir)
+    if state is None:
+        if config.init_from:
+            initial = with_weights_of(config.init_from, initial)
+        state = replicate(initial, program.devices)
+    step = int(first_device(state.step))
+    with first_host_first():
+        if jax.process_index() == 0:  # Other hosts may still see an older file.
+            check_records(workdir, step, notes.get("records"))
+    pending = {k: np.array([v], np.float32) for k, v in notes.get("pending", {}).items()}
+    return Start(state, step, pending)
+
+
 def with_weights_of(run: str, fresh: TrainState) -> TrainState:
-    """Returns the state before the first step, with parameters and statistics of another run.
+    """Returns a fresh state, without the device axis, with parameters and statistics of a workdir.
 
     Its newest valid checkpoint is read. Step, optimizer and random key are those of the new run,
     and so are the counters and rules of its layers: their schedules start anew. Statistics of
     BatchNorm become the first batch of any other norm.
-
-    Args:
-      run: workdir of the other run.
-      fresh: state before the first step, without the device axis.
 
     Raises:
       UserError: where there is no such checkpoint, or it is of another model.
@@ -39,11 +88,8 @@ def with_weights_of(run: str, fresh: TrainState) -> TrainState:
     folder = pathlib.Path(expand_home(run, "init_from")) / CHECKPOINTS
     weights = None
     if folder.is_dir():
-        checkpoints = Checkpoints(folder)
-        try:
+        with contextlib.closing(Checkpoints(folder)) as checkpoints:
             weights = checkpoints.weights()
-        finally:
-            checkpoints.close()
     if weights is None:
         raise UserError(f"init_from={run} has no valid checkpoint; give the workdir of a run.")
     params, stats = weights[0], saved_statistics.pooled(weights[1])
@@ -70,7 +116,7 @@ def with_weights_of(run: str, fresh: TrainState) -> TrainState:
                 f"init_from={run} is a run of another model: {name} has shape {found.get(name)} "
                 f"there, expected {shape}; use the same model and norm."
             )
-    stats = saved_statistics.overlay(fresh.batch_stats, _moments(stats))
+    stats = _overlay(fresh.batch_stats, _moments(stats))
     return fresh.replace(params=params, batch_stats=stats)
 
 
@@ -88,3 +134,10 @@ def _moments(stats: PyTree) -> PyTree:
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     return {keystr(path): np.shape(x) for path, x in tree_flatten_with_path(tree)[0]}
+
+
+def _overlay(stats: PyTree, moments: PyTree) -> PyTree:
+    """Returns `stats` with all of `moments` in its place."""
+    if not isinstance(stats, dict):
+        return moments
+    return {k: _overlay(v, moments[k]) if k in moments else v for k, v in stats.items()}

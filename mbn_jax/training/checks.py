@@ -2,8 +2,7 @@
 
 import difflib
 import os
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -21,101 +20,11 @@ from mbn_jax.training.config import (
 from mbn_jax.training.config_files import is_in_kwargs
 from mbn_jax.training.norms import has_memory_schedule, is_endless, synced_devices
 
-
-class RuleBetweenFields(NamedTuple):
-    """What fields must be together.
-
-    Attributes:
-      holds: whether a configuration `c` keeps the rule.
-      message: the sentence for one that does not, a format string of `c`.
-    """
-
-    holds: Callable[[ConfigDict], Any]
-    message: str
-
-
 HOST_INTERVALS = (
     "log_every_steps",
     "eval_every_steps",
     "checkpoint_every_steps",
     "shift.every_steps",
-)
-
-
-def _multiple_of_dispatch(name: str) -> RuleBetweenFields:
-    return RuleBetweenFields(
-        lambda c: field_value(c, name) % c.steps_per_dispatch == 0,
-        f"{name} must be a multiple of steps_per_dispatch={{c.steps_per_dispatch}}, got "
-        f"{{c.{name}}}.",
-    )
-
-
-def _may_be_memory(config: ConfigDict) -> bool:
-    # The step itself refuses a user's own norm that has no memory.
-    return config.norm.name == "memorized" or is_import_path(config.norm.name)
-
-
-RULES_BETWEEN_FIELDS = (
-    RuleBetweenFields(
-        lambda c: is_endless(c) or c.norm.memory_schedule.start_size <= c.norm.memory_size,
-        "norm.memory_schedule.start_size must be at most norm.memory_size={c.norm.memory_size}, "
-        "got {c.norm.memory_schedule.start_size}.",
-    ),
-    RuleBetweenFields(
-        lambda c: not (is_endless(c) and has_memory_schedule(c)),
-        "norm.memory_schedule grows a memory to norm.memory_size, got a memory without end "
-        "(norm.memory_size=0); set one, or norm.memory_schedule.start_size=0.",
-    ),
-    RuleBetweenFields(
-        lambda c: 0 <= c.norm.memory_schedule.begin < c.norm.memory_schedule.end <= 1,
-        "norm.memory_schedule.begin and end must be fractions of the run, 0 <= begin < end <= 1, "
-        "got {c.norm.memory_schedule.begin} and {c.norm.memory_schedule.end}.",
-    ),
-    RuleBetweenFields(
-        lambda c: not 0 < c.norm.memory_capacity < c.norm.memory_size,
-        "norm.memory_capacity must be at least norm.memory_size={c.norm.memory_size} (0: as "
-        "much), got {c.norm.memory_capacity}.",
-    ),
-    RuleBetweenFields(
-        lambda c: (
-            c.norm.batch_renorm.begin <= min(c.norm.batch_renorm.r_end, c.norm.batch_renorm.d_end)
-        ),
-        "norm.batch_renorm.begin must be at most r_end={c.norm.batch_renorm.r_end} and "
-        "d_end={c.norm.batch_renorm.d_end}, got {c.norm.batch_renorm.begin}.",
-    ),
-    RuleBetweenFields(
-        lambda c: c.double_forward != "transport" or _may_be_memory(c),
-        "double_forward='transport' moves memories and needs norm.name of memorized, got "
-        "{c.norm.name!r}; others take 'rewrite'.",
-    ),
-    RuleBetweenFields(
-        lambda c: (
-            c.double_forward_fraction == 1 or (_may_be_memory(c) and not c.norm.virtual_batch_size)
-        ),
-        "double_forward_fraction={c.double_forward_fraction} needs norm.name of memorized without "
-        "norm.virtual_batch_size, got {c.norm.name!r} and {c.norm.virtual_batch_size}.",
-    ),
-    RuleBetweenFields(
-        lambda c: (
-            not c.dataset.classes_per_batch or c.batch_size % c.dataset.classes_per_batch == 0
-        ),
-        "dataset.classes_per_batch must divide batch_size={c.batch_size}, got "
-        "{c.dataset.classes_per_batch}.",
-    ),
-    RuleBetweenFields(
-        lambda c: not c.dataset.random_resized_crop or c.dataset.image_size,
-        "dataset.random_resized_crop needs dataset.image_size, to crop to; got 0.",
-    ),
-    RuleBetweenFields(
-        # A slice applies to the last part of a sum, so 'train+test[90%:]' is no tenth of it.
-        lambda c: (
-            not c.dataset.validation
-            or (c.dataset.train_split != "all" and set(c.dataset.train_split).isdisjoint("[+( "))
-        ),
-        "dataset.validation divides a whole split, got dataset.train_split="
-        "{c.dataset.train_split!r}; set train_split and test_split to slices instead.",
-    ),
-    *map(_multiple_of_dispatch, HOST_INTERVALS),
 )
 
 
@@ -140,16 +49,86 @@ def validate(config: ConfigDict) -> None:
             f"differs in {', '.join(differing)}; make it from that function."
         )
     for name, field in FIELDS.items():
-        field.rule.check(name, field_value(config, name))
-    for rule in RULES_BETWEEN_FIELDS:
-        if not rule.holds(config):
-            raise UserError(rule.message.format(c=config))
+        field.check(name, field_value(config, name))
+    _check_norm(config)
+    _check_second_forward(config)
+    _check_dataset(config)
+    for name in HOST_INTERVALS:
+        if field_value(config, name) % config.steps_per_dispatch:
+            raise UserError(
+                f"{name} must be a multiple of steps_per_dispatch={config.steps_per_dispatch}, got "
+                f"{field_value(config, name)}."
+            )
+    _check_named(config)
+    _check_weight_decay(config)
+
+
+def _check_norm(config: ConfigDict) -> None:
+    norm, growth, limits = config.norm, config.norm.memory_schedule, config.norm.batch_renorm
+    if is_endless(config) and has_memory_schedule(config):
+        raise UserError(
+            "norm.memory_schedule grows a memory to norm.memory_size, got a memory without end "
+            "(norm.memory_size=0); set one, or norm.memory_schedule.start_size=0."
+        )
+    if growth.start_size > norm.memory_size:
+        raise UserError(
+            f"norm.memory_schedule.start_size must be at most norm.memory_size={norm.memory_size}, "
+            f"got {growth.start_size}."
+        )
+    if not 0 <= growth.begin < growth.end <= 1:
+        raise UserError(
+            "norm.memory_schedule.begin and end must be fractions of the run, 0 <= begin < end <= "
+            f"1, got {growth.begin} and {growth.end}."
+        )
+    if 0 < norm.memory_capacity < norm.memory_size:
+        raise UserError(
+            f"norm.memory_capacity must be at least norm.memory_size={norm.memory_size} (0: as "
+            f"much), got {norm.memory_capacity}."
+        )
+    if limits.begin > min(limits.r_end, limits.d_end):
+        raise UserError(
+            f"norm.batch_renorm.begin must be at most r_end={limits.r_end} and "
+            f"d_end={limits.d_end}, got {limits.begin}."
+        )
+
+
+def _check_second_forward(config: ConfigDict) -> None:
+    norm = config.norm
+    # The step itself refuses a user's own norm that has no memory.
+    may_be_memory = norm.name == "memorized" or is_import_path(norm.name)
+    if config.double_forward == "transport" and not may_be_memory:
+        raise UserError(
+            "double_forward='transport' moves memories and needs norm.name of memorized, got "
+            f"{norm.name!r}; others take 'rewrite'."
+        )
+    fraction = config.double_forward_fraction
+    if fraction < 1 and (norm.virtual_batch_size or not may_be_memory):
+        raise UserError(
+            f"double_forward_fraction={fraction} needs norm.name of memorized without "
+            f"norm.virtual_batch_size, got {norm.name!r} and {norm.virtual_batch_size}."
+        )
     try:
         _second_forward(config)
     except ValueError as error:
         raise UserError(str(error)) from error
-    _check_named(config)
-    _check_weight_decay(config)
+
+
+def _check_dataset(config: ConfigDict) -> None:
+    options = config.dataset
+    if options.classes_per_batch and config.batch_size % options.classes_per_batch:
+        raise UserError(
+            f"dataset.classes_per_batch must divide batch_size={config.batch_size}, got "
+            f"{options.classes_per_batch}."
+        )
+    if options.random_resized_crop and not options.image_size:
+        raise UserError("dataset.random_resized_crop needs dataset.image_size, to crop to; got 0.")
+    # A slice applies to the last part of a sum, so 'train+test[90%:]' is no tenth of it.
+    is_whole = options.train_split != "all" and set(options.train_split).isdisjoint("[+( ")
+    if options.validation and not is_whole:
+        raise UserError(
+            f"dataset.validation divides a whole split, got dataset.train_split="
+            f"{options.train_split!r}; set train_split and test_split to slices instead."
+        )
 
 
 def import_from_config(config: ConfigDict) -> None:

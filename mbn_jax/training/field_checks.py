@@ -1,4 +1,4 @@
-"""Rules for single config fields: what a value may be."""
+"""Checks of single config fields: what a value may be."""
 
 import dataclasses
 import difflib
@@ -14,7 +14,7 @@ MAX_MEMORY_SIZE = 1 << 16
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class Check:
     """What the value of a config field may be.
 
     Attributes:
@@ -27,7 +27,7 @@ class Rule:
     holds: Callable[[Any], bool]
     hint: Callable[[Any], str] = lambda value: ""
 
-    def check(self, field: str, value: Any) -> None:
+    def __call__(self, field: str, value: Any) -> None:
         """Raises UserError if the value of the field is not allowed."""
         if not self.holds(value):
             hint = self.hint(value)
@@ -36,7 +36,7 @@ class Rule:
             )
 
 
-def choice(names: Collection[str]) -> Rule:
+def choice(names: Collection[str]) -> Check:
     """Allows one of some names; the message suggests the closest one.
 
     >>> choice(('memorized', 'batch')).holds('memorised')
@@ -47,38 +47,38 @@ def choice(names: Collection[str]) -> Rule:
         close = difflib.get_close_matches(str(value), names, n=1)
         return f"Did you mean {close[0]!r}?" if close else ""
 
-    return Rule(f"one of {', '.join(names)}", lambda value: value in names, closest)
+    return Check(f"one of {', '.join(names)}", lambda value: value in names, closest)
 
 
-def name_of(names: Collection[str]) -> Rule:
+def name_of(names: Collection[str]) -> Check:
     """Allows one of some short names, or an import path.
 
     >>> name_of(('convnet',)).holds('my_models:UNet')
     True
     """
     known = choice(names)
-    return Rule(
+    return Check(
         f"{known.expected}, or {FORM}",
         lambda value: known.holds(value) or is_import_path(value),
         known.hint,
     )
 
 
-def number(expected: str, holds: Callable[[Any], bool]) -> Rule:
+def number(expected: str, holds: Callable[[Any], bool]) -> Check:
     """Allows finite numbers for which `holds` is true."""
 
     def is_allowed(value: Any) -> bool:
         return isinstance(value, int | float) and math.isfinite(value) and holds(value)
 
-    return Rule(expected, is_allowed)
+    return Check(expected, is_allowed)
 
 
-def at_least(least: int) -> Rule:
+def at_least(least: int) -> Check:
     """Allows `least` and more."""
     return number(f"{least} or more", lambda value: value >= least)
 
 
-ANY = Rule("anything", lambda value: True)
+ANY = Check("anything", lambda value: True)
 POSITIVE = number("more than 0", lambda value: value > 0)
 BELOW_ONE = number("in [0, 1)", lambda value: 0 <= value < 1)
 UP_TO_ONE = number("in (0, 1]", lambda value: 0 < value <= 1)
@@ -87,7 +87,7 @@ MEMORY_SIZE = number(
     f"at most {MAX_MEMORY_SIZE} and 0 or more", lambda value: 0 <= value <= MAX_MEMORY_SIZE
 )
 
-WIDTHS = Rule(
+WIDTHS = Check(
     "whole numbers of 1 or more",
     lambda value: bool(value) and all(isinstance(x, int) and x >= 1 for x in value),
 )
@@ -101,4 +101,4 @@ def _pattern_error(value: Any) -> str:
     return ""
 
 
-PATTERN = Rule("a regular expression", lambda value: not _pattern_error(value), _pattern_error)
+PATTERN = Check("a regular expression", lambda value: not _pattern_error(value), _pattern_error)
