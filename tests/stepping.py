@@ -44,11 +44,17 @@ def batches(steps, size=16, seed=0):
     return jnp.asarray(np.random.default_rng(seed).normal(size=(steps, size, 5)), jnp.float32)
 
 
+@functools.lru_cache(maxsize=16)
+def compiled_step(model, tx, mode, **options):
+    """The step of a test, compiled once however often the test goes on from a state."""
+    return jax.jit(make_train_step(model.apply, tx, loss_fn, double_forward=mode, **options))
+
+
 def run(model, tx, data, mode="transport", state=None, **options):
     if state is None:
         variables = model.init(jax.random.key(0), data[0], train=False)
         state = TrainState.create(variables, tx, jax.random.key(1))
-    step = jax.jit(make_train_step(model.apply, tx, loss_fn, double_forward=mode, **options))
+    step = compiled_step(model, tx, mode, **options)
     for x in data:
         state, _ = step(state, x)
     return state

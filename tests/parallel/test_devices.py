@@ -1,7 +1,6 @@
 """Many devices: the same numbers from both runtimes and as from one device, and nothing lost."""
 
 import functools
-import re
 
 import flax.linen as nn
 import jax
@@ -9,7 +8,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import stepping
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -243,67 +241,3 @@ def test_a_checkpoint_is_restored_on_any_number_of_devices(tmp_path, norm, writt
                 expected = of_each
             assert_close(found.batch_stats, expected, rtol=0)
         checkpoints.close()
-
-
-GROUPS = ((0, 1, 2, 3), (4, 5, 6, 7))
-SYNCS = {
-    "local": {},
-    "all": {"axis_name": AXIS_NAME},
-    "groups": {"axis_name": AXIS_NAME, "axis_index_groups": GROUPS},
-    "all, two passes": {"axis_name": AXIS_NAME, "use_fast_variance": False},
-}
-SECOND_FORWARDS = {
-    "off": {"double_forward": "off"},
-    "rewrite": {},
-    "transport": {"double_forward": "transport"},
-    "transport by a part": {"double_forward": "transport", "double_forward_fraction": 0.5},
-    "rewrite by a part": {"double_forward_fraction": 0.5},
-}
-
-
-@pytest.mark.parametrize(
-    ("sync", "second_forward", "of_a_layer"),
-    [
-        ("local", "off", 0),
-        ("local", "transport by a part", 0),
-        # One forward and one backward,
-        ("all", "off", 2),
-        # and one in the second forward, which has no backward; both parts in one.
-        ("all", "rewrite", 3),
-        ("all", "transport", 3),
-        ("all", "transport by a part", 3),
-        ("all", "rewrite by a part", 3),
-        ("groups", "rewrite", 3),
-        # Twice as many, and one more where the second forward has two batches to center.
-        ("all, two passes", "off", 4),
-        ("all, two passes", "transport", 6),
-        ("all, two passes", "transport by a part", 7),
-    ],
-)
-def test_collectives_of_a_step(sync, second_forward, of_a_layer):
-    layers = 3
-    model = stepping.Net(functools.partial(NORMS["memorized"], **SYNCS[sync]), layers)
-    data = stepping.batches(1, 32)[0]
-    variables = model.init(jax.random.key(0), data, train=False)
-    state = replicate(TrainState.create(variables, optax.sgd(0.1), jax.random.key(1)))
-    step = make_train_step(
-        model.apply,
-        optax.sgd(0.1),
-        stepping.loss_fn,
-        axis_name=AXIS_NAME,
-        local_statistics=not sync.startswith("all"),
-        **SECOND_FORWARDS[second_forward],
-    )
-    for runtime in RUNTIMES:
-        mapped = map_over_devices(step, runtime=runtime)
-        text = mapped.lower(state, distribute(split_over_devices(data))).compile().as_text()
-        found = re.findall(
-            r" all-reduce(?:-start)?\((.*?)\), .*?replica_groups=(\{\{.*?\}\})", text
-        )
-        assert not re.findall(r" (?:all-gather|all-to-all|collective-permute)", text)
-        # One more for all gradients; that of the metrics is joined with another.
-        assert len(found) == of_a_layer * layers + 1
-        operands = [arguments.count("%") for arguments, _ in found]
-        assert max(operands) >= len(jax.tree.leaves(state.params))
-        over = [groups for _, groups in found].count("{{0,1,2,3},{4,5,6,7}}")
-        assert over == (of_a_layer * layers if sync == "groups" else 0)

@@ -15,12 +15,13 @@ import numpy as np
 import pandas as pd
 import pytest
 from optuna.trial import TrialState
+from runs import xla_flags
 from small_sweeps import experiment, programs_on_device
 
 from mbn_jax.errors import UserError
 from mbn_jax.main import report_command, sweep_command
 from mbn_jax.parallel.preemption import StoppedError
-from mbn_jax.sweeps import Figure, Sweep
+from mbn_jax.sweeps import Figure, Sweep, estimate
 from mbn_jax.sweeps import runner as runner_module
 from mbn_jax.sweeps import storage as store
 from mbn_jax.sweeps.command import load_sweep, open_sweep, run_sweep
@@ -28,6 +29,7 @@ from mbn_jax.sweeps.declaration import Member
 from mbn_jax.sweeps.results import AXIS, RUN, VALUE, read_results, tidy
 from mbn_jax.sweeps.summary import summarize
 from mbn_jax.training.config_files import parse_config
+from mbn_jax.training.divergence import DivergenceError
 from mbn_jax.training.lock import only_one
 from mbn_jax.training.loop import train
 from mbn_jax.training.program import Programs
@@ -65,7 +67,7 @@ def start(compiled, *argv, waits=False):
         + "sweep_main()"
     )
     environment = {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # And one device.
+        "XLA_FLAGS": xla_flags(),
         "JAX_ENABLE_COMPILATION_CACHE": "1",
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -585,6 +587,16 @@ def test_dry_run_shows_the_members_and_writes_nothing(write_sweep, tmp_path, cap
     assert not (tmp_path / "sweep").exists()
 
 
+def test_a_time_that_cannot_be_estimated_is_told(write_sweep, tmp_path, monkeypatch):
+    def diverge(*_, **__):
+        raise DivergenceError("The loss of step 3 is nan.", 3)
+
+    monkeypatch.setattr(estimate, "train", diverge)
+    path = write_sweep({"norm.decay": (0.5, 0.9)})
+    with pytest.raises(UserError, match=r"^cannot estimate the time: The loss of step 3 is nan\."):
+        sweep_command([path, f"--workdir={tmp_path / 'sweep'}", "--dry_run"])
+
+
 @pytest.mark.usefixtures("share_programs")
 @pytest.mark.parametrize(
     ("axes", "argv", "message"),
@@ -607,6 +619,8 @@ def test_dry_run_shows_the_members_and_writes_nothing(write_sweep, tmp_path, cap
         ({"norm.decay": (1.0,)}, ["--config.norm.decay=0.5"], "is set by the axes"),
         ({"norm.decay": (1.0,)}, ["--config.norm.deca=0.5"], "did you mean norm.decay"),
         ({"norm.decay": (1.0,)}, ["--seeds=0"], "1 seed or more, got 0"),
+        ({"norm.decay": (1.0,)}, ["--workdir="], "--workdir is missing; for example: mbn-sweep"),
+        ({"v": {"low": {}, "Low": {}}}, [], "have names too much alike for folders: .*Low"),
         ({"norm.decay": (1.0,)}, ["--storage=nowhere://x"], "cannot open the sweep's database"),
         ({"norm.decay": (1.0,)}, ["--sedes=2"], "unknown argument --sedes=2"),
         ({"norm.decay": (1.0,)}, ["--config.dataset.name", "digit"], "no data set 'digit'"),
