@@ -1,5 +1,6 @@
-"""What a run leaves (records, its last state), and config files: for tests that compare runs."""
+"""What a run leaves (records, its last state), config files, and flags of further processes."""
 
+import os
 import pathlib
 
 import jax
@@ -30,6 +31,11 @@ def final_state(programs, config, workdir, **options):
     )
     checkpoints.close()
     return jax.device_get(state.replace(key=jax.random.key_data(state.key)))
+
+
+def xla_flags(devices=1):
+    """The flags of the tests, for a process of its own with so many devices."""
+    return os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
 
 
 def assert_same_bits(a, b):

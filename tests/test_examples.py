@@ -8,10 +8,9 @@ import sys
 
 import pandas as pd
 import pytest
+from runs import xla_flags
 
 ROOT = pathlib.Path(__file__).parent.parent
-ONE_DEVICE = "--xla_backend_optimization_level=0"
-"""Compiling takes most of the time."""
 
 COMMANDS = """
 import json, sys
@@ -30,7 +29,7 @@ def run_commands(*commands, cwd):
     """Runs commands one after the other in one process, which starts and imports once."""
     return subprocess.run(
         [sys.executable, "-c", COMMANDS, json.dumps(commands)],
-        env=os.environ | {"XLA_FLAGS": ONE_DEVICE, "PYTHONPATH": str(ROOT)},
+        env=os.environ | {"XLA_FLAGS": xla_flags(), "PYTHONPATH": str(ROOT)},
         check=True,
         capture_output=True,
         text=True,

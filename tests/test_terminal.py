@@ -12,6 +12,7 @@ import termios
 import time
 
 import pytest
+from runs import xla_flags
 
 from mbn_jax.training.reporting import Reporter, read_metrics
 
@@ -104,13 +105,10 @@ def command(data_dir, tmp_path):
     return [sys.executable, "-c", program, *argv]
 
 
-ONE_DEVICE = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
-
-
 @pytest.mark.slow
 def test_a_run_trains_with_standard_error_closed_and_ascii_output(command, tmp_path):
     # Standard error closed: files that are opened must not take its place. Output: ASCII only.
-    environment = os.environ | ONE_DEVICE | {"PYTHONIOENCODING": "ascii"}
+    environment = os.environ | {"XLA_FLAGS": xla_flags(), "PYTHONIOENCODING": "ascii"}
     shell = ["sh", "-c", 'exec "$@" 2>&-', "sh"]
     told = subprocess.run([*shell, *command], env=environment, capture_output=True)
     assert told.returncode == 0

@@ -1,7 +1,6 @@
 """Many devices: the same numbers by pmap, by shard_map and on one device, and nothing lost."""
 
 import functools
-import re
 
 import flax.linen as nn
 import jax
@@ -9,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-import stepping
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
+from stepping import RUNTIMES
 
 from mbn_jax import MemorizedBatchNorm, TrainState, make_train_step
 from mbn_jax.core.batch_stats import pool_batch_stats
@@ -55,22 +54,6 @@ def batch_of(size, seed=0):
     rng = np.random.default_rng(seed)
     x = rng.normal(size=(size, 5)) + np.arange(size)[:, None] / size
     return {"x": x.astype(np.float32), "y": rng.integers(0, 3, size).astype(np.int32)}
-
-
-def by_shard_map(function, donate_argnums=()):
-    """Does what `jax.pmap` does, for arrays of the same layout."""
-
-    def per_device(*args):
-        out = function(*jax.tree.map(lambda x: x[0], args))
-        return jax.tree.map(lambda x: x[None], out)
-
-    mesh, spec = Mesh(np.array(jax.devices()), (AXIS_NAME,)), P(AXIS_NAME)
-    # With check_vma=True, a gradient averaged by lax.pmean comes out multiplied by the devices.
-    mapped = jax.shard_map(per_device, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False)
-    return jax.jit(mapped, donate_argnums=donate_argnums)
-
-
-RUNTIMES = (functools.partial(jax.pmap, axis_name=AXIS_NAME), by_shard_map)
 
 
 def run(norm, *, runtime=None, steps=3, size=32, **options):
@@ -255,67 +238,3 @@ def test_a_checkpoint_is_restored_on_any_number_of_devices(tmp_path, norm, writt
                 expected = of_each
             assert_close(found.batch_stats, expected, rtol=0)
         checkpoints.close()
-
-
-GROUPS = ((0, 1, 2, 3), (4, 5, 6, 7))
-SYNCS = {
-    "local": {},
-    "all": {"axis_name": AXIS_NAME},
-    "groups": {"axis_name": AXIS_NAME, "axis_index_groups": GROUPS},
-    "all, two passes": {"axis_name": AXIS_NAME, "use_fast_variance": False},
-}
-SECOND_FORWARDS = {
-    "off": {"double_forward": "off"},
-    "rewrite": {},
-    "transport": {"double_forward": "transport"},
-    "transport by a part": {"double_forward": "transport", "double_forward_fraction": 0.5},
-    "rewrite by a part": {"double_forward_fraction": 0.5},
-}
-
-
-@pytest.mark.parametrize(
-    ("sync", "second_forward", "of_a_layer"),
-    [
-        ("local", "off", 0),
-        ("local", "transport by a part", 0),
-        # One forward and one backward,
-        ("all", "off", 2),
-        # and one in the second forward, which has no backward; both parts in one.
-        ("all", "rewrite", 3),
-        ("all", "transport", 3),
-        ("all", "transport by a part", 3),
-        ("all", "rewrite by a part", 3),
-        ("groups", "rewrite", 3),
-        # Twice as many, and one more where the second forward has two batches to center.
-        ("all, two passes", "off", 4),
-        ("all, two passes", "transport", 6),
-        ("all, two passes", "transport by a part", 7),
-    ],
-)
-def test_collectives_of_a_step(sync, second_forward, of_a_layer):
-    layers = 3
-    model = stepping.Net(functools.partial(NORMS["memorized"], **SYNCS[sync]), layers)
-    data = stepping.batches(1, 32)[0]
-    variables = model.init(jax.random.key(0), data, train=False)
-    state = replicate(TrainState.create(variables, optax.sgd(0.1), jax.random.key(1)))
-    step = make_train_step(
-        model.apply,
-        optax.sgd(0.1),
-        stepping.loss_fn,
-        axis_name=AXIS_NAME,
-        local_statistics=not sync.startswith("all"),
-        **SECOND_FORWARDS[second_forward],
-    )
-    for runtime in RUNTIMES:
-        mapped = runtime(step)
-        text = mapped.lower(state, distribute(split_over_devices(data))).compile().as_text()
-        found = re.findall(
-            r" all-reduce(?:-start)?\((.*?)\), .*?replica_groups=(\{\{.*?\}\})", text
-        )
-        assert not re.findall(r" (?:all-gather|all-to-all|collective-permute)", text)
-        # One more for all gradients; that of the metrics is joined with another.
-        assert len(found) == of_a_layer * layers + 1
-        operands = [arguments.count("%") for arguments, _ in found]
-        assert max(operands) >= len(jax.tree.leaves(state.params))
-        over = [groups for _, groups in found].count("{{0,1,2,3},{4,5,6,7}}")
-        assert over == (of_a_layer * layers if sync == "groups" else 0)

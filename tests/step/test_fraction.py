@@ -132,8 +132,13 @@ def test_inference_on_the_part_is_the_second_forward(norm, mode):
     before = run_quarter(model, tx, data[:3], mode)
     options = {"double_forward": mode, "double_forward_fraction": 0.25}
     step = make_train_step(model.apply, tx, keeping_loss, **options)
-    after, _ = step(before, data[3])
-    second = outputs[-1]
+
+    @jax.jit
+    def step_and_output(state, x):
+        state, _ = step(state, x)
+        return state, outputs[-1]  # The second forward's.
+
+    after, second = step_and_output(before, data[3])
     assert second.shape == (8, 3)
     inferred = model.apply(
         {"params": after.params, "batch_stats": after.batch_stats}, data[3][:8], train=False
@@ -215,22 +220,6 @@ def test_what_is_traced_for_one_part_is_not_reused_for_another():
         # At rate 0 nothing moves, but for rounding of moments in two programs.
         close = functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=1e-6)
         jax.tree.map(close, moved, first)
-
-
-def test_the_second_forward_computes_the_part_only():
-    model, tx = Net(layers=3), optax.sgd(0.1)
-    x = jnp.ones((4096, 5))
-    variables = model.init(jax.random.key(0), x, train=False)
-    state = TrainState.create(variables, tx, jax.random.key(1))
-
-    def flops(mode, **options):
-        step = make_train_step(model.apply, tx, loss_fn, double_forward=mode, **options)
-        return jax.jit(step).lower(state, x).compile().cost_analysis()["flops"]
-
-    off, full = flops("off"), flops("transport")
-    quarter = flops("transport", double_forward_fraction=0.25)
-    # A quarter of the forward, and in layers so thin the moments of the part count for something.
-    assert 0.25 < (quarter - off) / (full - off) < 0.4
 
 
 class TwoViews(nn.Module):

@@ -21,7 +21,7 @@ every_mode = pytest.mark.parametrize("mode", MODES)
 
 
 def created(model, tx, x):
-    variables = jax.jit(functools.partial(model.init, train=False))(jax.random.key(0), x)
+    variables = model.init(jax.random.key(0), x, train=False)
     return TrainState.create(variables, tx, jax.random.key(1))
 
 
@@ -245,6 +245,16 @@ WRONG_LOSSES = {
 def test_a_loss_that_would_lose_statistics_is_refused(loss, mode):
     with pytest.raises(ValueError, match=WRONG_LOSSES[loss]):
         step_with(loss, mode)
+
+
+@every_mode
+def test_a_state_without_the_statistics_of_its_model_is_refused(mode):
+    model, tx, x = Net(), optax.sgd(0.1), batches(1)[0]
+    variables = model.init(jax.random.key(0), x, train=False)
+    state = TrainState.create({"params": variables["params"]}, tx, jax.random.key(1))
+    step = make_train_step(model.apply, tx, loss_fn, double_forward=mode)
+    with pytest.raises(ValueError, match="the TrainState has none; create it from all that model"):
+        jax.jit(step)(state, x)
 
 
 def test_training_around_frozen_statistics_is_said():

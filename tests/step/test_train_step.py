@@ -143,24 +143,6 @@ def test_dropout_is_the_same_in_both_forwards(norm, batches):
     assert np.abs(moved.batch_stats[last]["mean"] - stats[1][0].batch_stats[last]["mean"]).max() > 0
 
 
-def test_a_model_without_statistics_pays_nothing_for_the_second_forward(batches):
-    class Plain(nn.Module):
-        @nn.compact
-        def __call__(self, x, train):
-            return nn.Dense(3)(nn.relu(nn.Dense(64)(x)))
-
-    model, tx = Plain(), optax.sgd(0.1)
-    state = make_state(model, tx, batches[0])
-    flops = [
-        jax.jit(make_train_step(model.apply, tx, loss_fn, double_forward=mode))
-        .lower(state, batches[0])
-        .compile()
-        .cost_analysis()["flops"]
-        for mode in ("off", "rewrite")
-    ]
-    assert flops[0] == flops[1]
-
-
 def test_refuses_what_it_cannot_do(batches):
     with pytest.raises(ValueError, match=r"double_forward must be one of .*got 'on'"):
         make_train_step(lambda: None, optax.sgd(0.1), loss_fn, double_forward="on")

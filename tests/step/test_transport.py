@@ -298,23 +298,26 @@ def test_local_statistics_move_by_the_shift_of_their_own_batch():
 
 
 class Lifted(nn.Module):
-    axes: dict
+    collections: tuple[str, ...]
 
     @nn.compact
     def __call__(self, x, train):
         layer = nn.vmap(
-            MemorizedBatchNorm, variable_axes=self.axes, split_rngs={"params": True}, in_axes=0
+            MemorizedBatchNorm,
+            variable_axes=dict.fromkeys(self.collections, 0),
+            split_rngs={"params": True},
+            in_axes=0,
         )
         return layer(memory_size=4, use_running_average=not train)(x[None])[0]
 
 
 def test_a_memory_that_would_be_left_behind_is_an_error():
-    shown = {"params": 0, "batch_stats": 0}
+    shown = ("params", "batch_stats")
     data = batches(2)
-    for axes in (shown, {**shown, BATCH_MOMENTS: 0}, {**shown, FIRST_BATCH_MOMENTS: 0}):
+    for lifted in (shown, (*shown, BATCH_MOMENTS), (*shown, FIRST_BATCH_MOMENTS)):
         with pytest.raises(ValueError, match=r"VmapMemorizedBatchNorm_0.*variable_axes"):
-            run(Lifted(axes), optax.sgd(0.1), data)
-    both = {**shown, BATCH_MOMENTS: 0, FIRST_BATCH_MOMENTS: 0}
+            run(Lifted(lifted), optax.sgd(0.1), data)
+    both = (*shown, BATCH_MOMENTS, FIRST_BATCH_MOMENTS)
     assert run(Lifted(both), optax.sgd(0.1), data).step == 2
     with pytest.raises(ValueError, match=r"no layer has a memory.*take 'rewrite'"):
         run(Net(nn.BatchNorm), optax.sgd(0.1), data)

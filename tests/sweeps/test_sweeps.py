@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from optuna.trial import TrialState
+from runs import xla_flags
 from small_sweeps import experiment, programs_on_device
 
 from mbn_jax.errors import StoppedError, UserError
@@ -65,7 +66,7 @@ def start(compiled, *argv, waits=False):
         + "sweep_main()"
     )
     environment = {
-        "XLA_FLAGS": "--xla_backend_optimization_level=0",  # And one device.
+        "XLA_FLAGS": xla_flags(),
         "JAX_ENABLE_COMPILATION_CACHE": "1",
         "JAX_COMPILATION_CACHE_DIR": str(compiled),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
@@ -612,6 +613,8 @@ def test_dry_run_shows_the_members_and_writes_nothing(write_sweep, tmp_path, cap
         ({"norm.decay": (1.0,)}, ["--config.norm.decay=0.5"], "is set by the axes"),
         ({"norm.decay": (1.0,)}, ["--config.norm.deca=0.5"], "did you mean norm.decay"),
         ({"norm.decay": (1.0,)}, ["--seeds=0"], "1 seed or more, got 0"),
+        ({"norm.decay": (1.0,)}, ["--workdir="], "--workdir is missing; for example: mbn-sweep"),
+        ({"v": {"low": {}, "Low": {}}}, [], "have names too much alike for folders: .*Low"),
         ({"norm.decay": (1.0,)}, ["--storage=nowhere://x"], "cannot open the sweep's database"),
         ({"norm.decay": (1.0,)}, ["--sedes=2"], "unknown argument --sedes=2"),
         ({"norm.decay": (1.0,)}, ["--config.dataset.name", "digit"], "no data set 'digit'"),

@@ -82,6 +82,24 @@ def no_source(split, data_dir):
     return 3
 
 
+def arrays(split, data_dir):
+    """A source of arrays in place of dicts."""
+    return [np.zeros(2)] * 4
+
+
+def texts(split, data_dir):
+    return [{"x": np.zeros(2), "text": "a text"}] * 4
+
+
+class Unreadable(Signals):
+    """A source whose fourth example cannot be read."""
+
+    def __getitem__(self, index):
+        if index == 3:
+            raise OSError("no such\nrecord")
+        return super().__getitem__(index)
+
+
 class Squares:
     """Weighted squared errors, and the share of the points that are above a limit."""
 

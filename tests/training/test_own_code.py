@@ -129,7 +129,15 @@ def test_evaluation_is_exact_with_a_padded_last_batch(tmp_path):
         ({"optimizer__name": "own_code:plain_loss"}, "missing 1 required positional argument"),
         ({"dataset__name": "own_code:uneven"}, r"Example 2 of .* 'x' of shape \(5, 2\)"),
         ({"dataset__name": "own_code:no_source"}, "returns a data source.* TypeError: object of"),
+        ({"dataset__name": "own_code:arrays"}, "a data source.* its example 0 is of ndarray"),
+        ({"dataset__name": "own_code:texts"}, "has 'text' of <U6, expected numbers under a text"),
+        (
+            {"dataset__name": "own_code:Unreadable"},
+            r"^Example 3 of .*Unreadable.* cannot be read: OSError: no such record \(own_code",
+        ),
         ({"dataset__train_split": "nothing"}, "for split 'nothing': ValueError"),
+        ({"dataset__train_split": "train["}, r"'own_code:Signals' has no split 'train\[' \("),
+        ({"dataset__image_size": 8}, "'own_code:Signals' is a function; resize in the data source"),
         ({"dataset__flip": True}, "move 'image' alone"),
         ({"dataset__classes_per_batch": 2}, "needs a whole number 'label'"),
         ({"dataset__test_split": "train[:10%]"}, "must be apart, and share 6 examples"),
@@ -139,6 +147,22 @@ def test_what_is_wrong_is_said_before_anything_compiles(changes, message, monkey
     monkeypatch.setattr(jax._src.compiler, "backend_compile_and_load", None)
     with pytest.raises(UserError, match=message):
         Task.build(own_config(**changes), num_devices=2)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("1 / 0", r"'own_broken_0:Net' cannot be imported: ZeroDivisionError: division by zero"),
+        ("import json\njson.lods", "'own_broken_1:Net' cannot be imported: .* has no attribute"),
+    ],
+)
+def test_a_module_that_cannot_be_imported_is_told(text, message, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    name = message[1:].split(":")[0]
+    (tmp_path / f"{name}.py").write_text(text)
+    with pytest.raises(UserError, match=message) as error:
+        named(f"{name}:Net", {}, "model.name")
+    assert "\n" not in str(error.value)
 
 
 def test_every_short_name_is_also_an_import_path():
@@ -188,6 +212,8 @@ def test_a_config_file_may_set_the_class_itself(tmp_path, monkeypatch):
     new = parse_config(path, ["--config.model.kwargs.widths=(1, 2)", "--config.loss.kwargs.a=b"])
     assert new.model.kwargs.widths == (1, 2)
     assert new.loss.kwargs.a == "b"
+    with pytest.raises(UserError, match=r"no field model\.kwargs\.a\.b; kwargs have no groups"):
+        parse_config(path, ["--config.model.kwargs.a.b=1"])
     with pytest.raises(UserError, match=r"that a module has under its own name, got .*Here"):
         parse_config(f"{path}:Here")
     assert import_path(Task) == "mbn_jax.training.task:Task"

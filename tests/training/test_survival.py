@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 import pandas as pd
 import pytest
-from runs import assert_same_bits, final_state, records, write_config
+from runs import assert_same_bits, final_state, records, write_config, xla_flags
 
 from mbn_jax.errors import StoppedError, UserError
 from mbn_jax.parallel.devices import replicate
@@ -262,6 +262,15 @@ def test_lost_records_are_told_and_a_damaged_checkpoint_is_not_evaluated(
     assert "Skipped the checkpoint of step 10: checksums.json is damaged" in caplog.text
 
 
+def test_a_checkpoint_of_another_model_is_named(three_checkpoints):
+    state = small_state()
+    other = state.replace(params={"kernel": jnp.zeros((20, 30)), "bias": jnp.zeros(30)})
+    checkpoints = Checkpoints(three_checkpoints)
+    with pytest.raises(UserError, match=r"checkpoint .*3 does not fit the model of this config \("):
+        checkpoints.restore(other, local_statistics=False)
+    checkpoints.close()
+
+
 def test_a_kill_while_a_checkpoint_is_written_leaves_nothing_behind(three_checkpoints, tmp_path):
     shutil.copytree(three_checkpoints, tmp_path / "killed")
     unfinished = tmp_path / "killed" / "4.orbax-checkpoint-tmp"
@@ -315,12 +324,11 @@ def no_process_is_left():
 def start(config, workdir, *options, code="", devices=1, **variables):
     """Starts mbn-train in a process of its own."""
     write_config(config, workdir.parent / "config.py")
-    flags = os.environ["XLA_FLAGS"].replace("device_count=8", f"device_count={devices}")
     program = f"import mbn_jax.main\n{code}\nmbn_jax.main.train_main()"
     argv = [f"--config={workdir.parent / 'config.py'}", f"--workdir={workdir}", *options]
     process = subprocess.Popen(
         [sys.executable, "-W", "error", "-c", program, *argv],
-        env=os.environ | {"XLA_FLAGS": flags} | variables,
+        env=os.environ | {"XLA_FLAGS": xla_flags(devices)} | variables,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
