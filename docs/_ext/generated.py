@@ -1,0 +1,99 @@
+"""What the site takes from the code: config fields, the help of commands, readable signatures."""
+
+import contextlib
+import io
+import os
+import re
+from typing import Any
+from unittest import mock
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective
+
+from mbn_jax.sweeps.arguments import report_command, sweep_command
+from mbn_jax.training.config import FIELDS
+from mbn_jax.training.eval_command import eval_command
+from mbn_jax.training.field_rules import ANY
+from mbn_jax.training.train_command import train_command
+
+COMMANDS = {
+    "mbn-train": train_command,
+    "mbn-eval": eval_command,
+    "mbn-sweep": sweep_command,
+    "mbn-report": report_command,
+}
+
+
+KINDS = {bool: "True or False", str: "a text", tuple: "numbers", float: "a number"}
+"""What a field without a rule of its own may be, by the type of its default."""
+
+
+def field_tables() -> str:
+    """Returns a Markdown section with a table for each group of config fields."""
+    groups: dict[str, list[str]] = {}
+    for name in FIELDS:
+        groups.setdefault(name.split(".")[0] if "." in name else "run and step", []).append(name)
+    lines: list[str] = []
+    for group, names in groups.items():
+        lines += ["", f"## {group}", ""]
+        lines += ["| field | default | allowed | meaning |", "| --- | --- | --- | --- |"]
+        for name in names:
+            default, rule, meaning, _ = FIELDS[name]
+            allowed = KINDS[type(default)] if rule is ANY else rule.expected
+            lines.append(f"| `{name}` | `{default!r}` | {allowed} | {meaning} |")
+    return "\n".join(lines)
+
+
+def help_of(command: str) -> str:
+    """Returns what a command prints for `--help` in a terminal of 80 columns."""
+    text = io.StringIO()
+    with (
+        mock.patch.dict(os.environ, COLUMNS="80"),
+        contextlib.redirect_stdout(text),
+        contextlib.suppress(SystemExit),
+    ):
+        COMMANDS[command](["--help"])
+    return text.getvalue()
+
+
+class ConfigFields(SphinxDirective):
+    """The tables of all config fields."""
+
+    def run(self) -> list[nodes.Node]:
+        """Parses the tables as part of the page."""
+        return self.parse_text_to_nodes(field_tables(), allow_section_headings=True)
+
+
+class CommandHelp(SphinxDirective):
+    """The help of the command that is the argument."""
+
+    required_arguments = 1
+
+    def run(self) -> list[nodes.Node]:
+        """Shows the help as a terminal does."""
+        text = help_of(self.arguments[0])
+        return [nodes.literal_block(text, text, language="none")]
+
+
+def tidy_signature(signature: str) -> str:
+    """Returns a signature with names for objects, and without what flax adds to each module.
+
+    >>> tidy_signature("(init=<function zeros>, parent=<flax.Sentinel object>, name=None)")
+    '(init=zeros)'
+    """
+    signature = re.sub(r", parent=<.*>, name=None\)$", ")", signature)
+    return re.sub(r"<(?:function|class) '?(?:[\w.]+\.)?(\w+)[^>]*>", r"\1", signature)
+
+
+def _process_signature(*arguments: Any) -> tuple[str, str | None] | None:
+    *_, signature, returns = arguments
+    return signature and (tidy_signature(signature), returns)
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Adds the directives to Sphinx."""
+    app.connect("autodoc-process-signature", _process_signature)
+    app.add_directive("config-fields", ConfigFields)
+    app.add_directive("command-help", CommandHelp)
+    return {"parallel_read_safe": True}
