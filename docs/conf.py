@@ -9,6 +9,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent / "_ext"))
 
 project: str = "mbn_jax"
 author: str = "The mbn_jax authors"
+copyright: str = author
 release: str = mbn_jax.__version__
 
 extensions: list[str] = [
@@ -38,7 +39,7 @@ autodoc_member_order: str = "bysource"
 autodoc_typehints: str = "none"  # Docstrings tell shapes and dtypes, which hints do not.
 autodoc_preserve_defaults: bool = True
 napoleon_numpy_docstring: bool = False
-napoleon_use_ivar: bool = True
+napoleon_custom_sections: list[tuple[str, str]] = [("Attributes", "params_style")]
 python_maximum_signature_line_length: int = 88
 
 # A link to a name that does not exist is a warning, and so an error; these are not links.

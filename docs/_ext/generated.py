@@ -1,6 +1,7 @@
 """What the site takes from the code: config fields, the help of commands, readable signatures."""
 
 import contextlib
+import inspect
 import io
 import os
 import re
@@ -10,6 +11,7 @@ from unittest import mock
 from docutils import nodes
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
+from sphinx.util.inspect import stringify_signature
 
 from mbn_jax.sweeps.arguments import report_command, sweep_command
 from mbn_jax.training.config import FIELDS
@@ -37,11 +39,11 @@ def field_tables() -> str:
     lines: list[str] = []
     for group, names in groups.items():
         lines += ["", f"## {group}", ""]
-        lines += ["| field | default | allowed | meaning |", "| --- | --- | --- | --- |"]
+        lines += ["| field | meaning | default | allowed |", "| --- | --- | --- | --- |"]
         for name in names:
             default, rule, meaning, _ = FIELDS[name]
             allowed = KINDS[type(default)] if rule is ANY else rule.expected
-            lines.append(f"| `{name}` | `{default!r}` | {allowed} | {meaning} |")
+            lines.append(f"| `{name}` | {meaning} | `{default!r}` | {allowed} |")
     return "\n".join(lines)
 
 
@@ -81,19 +83,33 @@ def tidy_signature(signature: str) -> str:
 
     >>> tidy_signature("(init=<function zeros>, parent=<flax.Sentinel object>, name=None)")
     '(init=zeros)'
+    >>> tidy_signature("(rate=<function linear.<locals>.schedule at 0x7f>, kind=<class 'a.b'>)")
+    '(rate=linear, kind=b)'
     """
     signature = re.sub(r", parent=<.*>, name=None\)$", ")", signature)
-    return re.sub(r"<(?:function|class) '?(?:[\w.]+\.)?(\w+)[^>]*>", r"\1", signature)
+    signature = re.sub(r"<function (\w+)(?:\.<locals>)?[^>]*>", r"\1", signature)
+    return re.sub(r"<class '(?:[\w.]+\.)?(\w+)'>", r"\1", signature)
 
 
-def _process_signature(*arguments: Any) -> tuple[str, str | None] | None:
-    *_, signature, returns = arguments
-    return signature and (tidy_signature(signature), returns)
+def _process_signature(
+    app: Sphinx, what: str, name: str, obj: Any, options: Any, signature: str, returns: str
+) -> tuple[str, str] | None:
+    if signature == "(*args, **kwargs)":  # Of the metaclass of flax.nnx.
+        parameters = list(inspect.signature(obj.__init__).parameters.values())[1:]
+        signature = stringify_signature(inspect.Signature(parameters), show_annotation=False)
+    return (tidy_signature(signature), returns) if signature else None
+
+
+def _skip_member(
+    app: Sphinx, what: str, name: str, obj: Any, skip: bool, options: Any
+) -> bool | None:
+    return (obj.__doc__ or "").startswith("Alias for field number") or None
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
     """Adds the directives to Sphinx."""
     app.connect("autodoc-process-signature", _process_signature)
+    app.connect("autodoc-skip-member", _skip_member)
     app.add_directive("config-fields", ConfigFields)
     app.add_directive("command-help", CommandHelp)
     return {"parallel_read_safe": True}
