@@ -17,7 +17,8 @@ The argument after the colon is one of:
 * `small_batch`: a small convnet on 5,000 images at 16x16, batch 4. About a minute on 2 CPU cores.
   Results: docs/results/norms.md.
 
-Prepare the data set once: docs/training.md, "Data". The memory of the full recipes holds 8 batches.
+Prepare the data set once: docs/guides/training.md, "Data". The memory of the full recipes holds
+8 batches.
 """
 
 from mbn_jax.datasets.standard import standard_dataset

@@ -6,7 +6,7 @@ The recipe of Goyal et al. (arXiv 1706.02677): batch 256 at rate 0.1 (scale the 
 size), warm-up of 5 epochs, 90 epochs, the last scale of each block 0 at first; but the rate decayed
 to 0 along a cosine. Each device keeps its own statistics, of 32 images a batch: batches that small
 are where a memory helps. Not run here, so neither runtime nor result is known. Prepare the data set
-once: docs/training.md, "Data". A smaller network: --config.model.name=resnet18.
+once: docs/guides/training.md, "Data". A smaller network: --config.model.name=resnet18.
 """
 
 from mbn_jax.datasets.standard import standard_dataset

@@ -6,7 +6,7 @@ The argument after the colon is `fashion_mnist` or `svhn` (its train split witho
 The network of He et al. (2016, arXiv 1512.03385), section 4.2: SGD, batch 128, momentum 0.9, 40
 epochs; the rate is decayed to 0 for Fashion-MNIST and divided by 10 twice for SVHN. Not run here;
 by the speed in docs/results/cost.md it takes 4 to 5 hours on one CPU core. Prepare the data set
-once: docs/training.md, "Data".
+once: docs/guides/training.md, "Data".
 """
 
 from mbn_jax.datasets.standard import standard_dataset

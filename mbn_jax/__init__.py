@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from mbn_jax.core.batch_stats import pool_batch_stats
     from mbn_jax.linen.batch_renorm import BatchRenorm
     from mbn_jax.linen.memorized import MemorizedBatchNorm
+    from mbn_jax.linen.moving_average import MovingAverageBatchNorm
     from mbn_jax.linen.virtual_batches import VirtualBatches
     from mbn_jax.statistics.batch_norm import from_batch_norm, to_batch_norm
     from mbn_jax.statistics.recalibration import recalibrate
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 __all__ = [
     "BatchRenorm",
     "MemorizedBatchNorm",
+    "MovingAverageBatchNorm",
     "TrainState",
     "VirtualBatches",
     "from_batch_norm",
@@ -35,6 +37,7 @@ __all__ = [
 _MODULES = {
     "BatchRenorm": "mbn_jax.linen.batch_renorm",
     "MemorizedBatchNorm": "mbn_jax.linen.memorized",
+    "MovingAverageBatchNorm": "mbn_jax.linen.moving_average",
     "TrainState": "mbn_jax.step.state",
     "VirtualBatches": "mbn_jax.linen.virtual_batches",
     "from_batch_norm": "mbn_jax.statistics.batch_norm",

@@ -3,29 +3,75 @@
 import pathlib
 import re
 import shlex
+import subprocess
 
+import pandas as pd
 import pytest
 
+from mbn_jax.errors import UserError
+from mbn_jax.sweeps.arguments import report_command
 from mbn_jax.sweeps.command import load_sweep
+from mbn_jax.training.arguments import eval_command
 from mbn_jax.training.checks import validate
 from mbn_jax.training.config_files import is_in_kwargs, parse_config
 
 ROOT = pathlib.Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md")), ROOT / "CHANGELOG.md"]
+DOCS = [page for page in sorted((ROOT / "docs").rglob("*.md")) if "_build" not in page.parts]
+PAGES = [ROOT / "README.md", *DOCS, ROOT / "CHANGELOG.md", *sorted(ROOT.glob("examples/*/*.md"))]
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
-BLOCKS = [b for p in PAGES for b in re.findall(r"```python\n(.*?)```", p.read_text(), re.DOTALL)]
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
-def test_python_in_the_docs_runs(block):
+def blocks_of(language):
+    """The fenced code of all pages in a language, by page and number."""
+    return {
+        f"{name}:{i}": block
+        for name, page in zip(IDS, PAGES, strict=True)
+        for i, block in enumerate(
+            re.findall(rf"^```{language}\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE)
+        )
+    }
+
+
+BLOCKS, CELLS, SHELL = map(blocks_of, ("python", r"\{code-cell\} python", "bash"))
+
+
+@pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+def test_python_in_the_docs_runs(block, monkeypatch, tmp_path):
+    results = tmp_path / "runs" / "memory_size" / "results.parquet"  # What one block reads.
+    results.parent.mkdir(parents=True)
+    columns = {"norm.memory_size": [1, 4], "last": [True, True], "test_error": [0.5, 0.1]}
+    pd.DataFrame(columns).to_parquet(results)
+    monkeypatch.chdir(tmp_path)
     names = {}
     exec(compile(block, "docs", "exec"), names)
     if "get_sweep" in names:
+        monkeypatch.chdir(ROOT)
         assert names["get_sweep"]().members()
 
 
+@pytest.mark.parametrize("cell", CELLS.values(), ids=CELLS)
+def test_cells_of_the_tutorial_parse(cell):
+    # The build of the site executes them.
+    compile(re.sub(r"^:.*\n", "", cell), "docs", "exec")
+
+
+@pytest.mark.parametrize("block", SHELL.values(), ids=SHELL)
+def test_shell_in_the_docs_parses(block):
+    subprocess.run(["bash", "-n"], input=block, text=True, check=True)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_every_fence_names_a_language_that_is_checked(page):
+    fences = re.findall(r"^```([^\n]*)\n.*?^```$", page.read_text(), re.DOTALL | re.MULTILINE)
+    shown = {"", "text"}  # Output and trees of files.
+    directives = re.compile(r"\{(toctree|eval-rst|config-fields|command-help)\}")
+    code = {fence for fence in fences if not directives.match(fence)}
+    assert code <= {"python", "{code-cell} python", "bash"} | shown
+
+
 def test_readme_has_an_example_of_the_layer_and_the_step():
-    assert any("MemorizedBatchNorm" in block and "make_train_step" in block for block in BLOCKS)
+    readme = [block for name, block in BLOCKS.items() if name.startswith("README.md")]
+    assert any("MemorizedBatchNorm" in block and "make_train_step" in block for block in readme)
 
 
 def test_the_readme_is_short():
@@ -70,6 +116,18 @@ def test_commands_in_the_docs_parse(words, monkeypatch):
         validate(parse_config(file, overrides))
     else:
         load_sweep(words[0], overrides, None)
+
+
+READERS = {"mbn-eval": eval_command, "mbn-report": report_command}
+"""Of what a run or a sweep wrote."""
+
+
+@pytest.mark.parametrize("block", SHELL.values(), ids=SHELL)
+def test_commands_that_read_a_workdir_parse(block, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    for program, *words in map(shlex.split, re.findall(r"^mbn-(?:eval|report) .*", block, re.M)):
+        with pytest.raises(UserError, match="runs/"):  # Nothing has run there.
+            READERS[program](words)
 
 
 def test_the_docs_have_commands_of_both_kinds():

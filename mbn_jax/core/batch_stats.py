@@ -148,7 +148,7 @@ def pool_batch_stats(batch_stats: PyTree) -> PyTree:
       batch_stats: nested dicts of arrays `[groups, ...]`.
 
     Returns:
-      The same without the first axis: what one network can use for inference, or continue from.
+      The same without the first axis, for one network to use at inference or to continue from.
 
     Raises:
       ValueError: for statistics that have no axis of groups.
@@ -205,7 +205,7 @@ def with_moments(layer_stats: PyTree, moments: Moments) -> PyTree:
         without moments of its own gets the same.
 
     Returns:
-      The new statistics: the newest slot of a memory and the only one, or the averages.
+      The new statistics, with the batch as the only slot of a memory, or as the averages.
 
     >>> from mbn_jax import MemorizedBatchNorm
     >>> layer = MemorizedBatchNorm(memory_size=2, use_running_average=True)

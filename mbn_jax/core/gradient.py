@@ -37,12 +37,12 @@ def with_gradient(
     d var/d m_B = 2 a_0 (m_B - mean).
 
     `'renorm'` is Batch Renormalization's rule. With s_B = sqrt(v_B + epsilon) and
-    s = sqrt(var + epsilon), it differentiates
+    s = sqrt(var + epsilon), it differentiates::
 
         x_hat = (x - m_B) / s_B * r + d,    r = s_B / s,    d = (m_B - mean) / s
 
     with r and d held constant: the backward pass is batch normalization's, scaled by r, and weights
-    before the layer stay scale-invariant. In terms of the statistics that is
+    before the layer stay scale-invariant. In terms of the statistics that is::
 
         d mean = dm_B - (m_B - mean) / (2 s_B^2) dv_B        d var = s^2 / s_B^2 dv_B
 
@@ -79,7 +79,7 @@ def with_gradient(
 def clipped_renorm(
     batch: Moments, mean: Array, var: Array, *, epsilon: float, r_max: Array, d_max: Array
 ) -> tuple[Array, Array]:
-    """Returns the statistics that Batch Renormalization normalizes by, limits included.
+    """Returns the statistics that Batch Renormalization normalizes by, limits included::
 
         x_hat = (x - m_B) / s_B * r + d
         r = clip(s_B / s, 1 / r_max, r_max)    d = clip((m_B - mean) / s, -d_max, d_max)

@@ -17,7 +17,7 @@ from mbn_jax.core.transport import transport
 def memory_weights(
     count: Array, memory_size: int | Array, decay: float | Array, *, newest_age: int = 0
 ) -> Array:
-    """Returns what the slots weigh in the pool, newest first, up to a common factor.
+    """Returns what the slots weigh in the pool, newest first, up to a common factor::
 
         w_i = decay^i,    of the filled slots i < memory_size
 
@@ -59,7 +59,7 @@ def rule_at(memory_size: Schedule | None, decay: Schedule, step: Array) -> tuple
 
 
 def pool(slots: Moments, weights: Array) -> Moments:
-    """Pools the slots of a memory by the law of total variance.
+    """Pools the slots of a memory by the law of total variance::
 
         a_i = w_i / sum_j w_j
         mean = sum_i a_i m_i        var = sum_i a_i (v_i + |m_i - mean|^2)
@@ -121,7 +121,7 @@ def push(slots: Moments, moments: Moments) -> Moments:
 
 
 def pool_of_two(first: Moments, second: Moments) -> Moments:
-    """Pools two pools, weighted by their counts, by the law of total variance.
+    """Pools two pools, weighted by their counts, by the law of total variance::
 
         a = n_2 / (n_1 + n_2)    mean = m_1 + a (m_2 - m_1)
         var = (1 - a) (v_1 + a |m_2 - m_1|^2) + a v_2

@@ -78,13 +78,13 @@ def batch_moments(
 ) -> Moments:
     """Computes mean, biased variance and count of a batch over `axes` (and over devices).
 
-    With deviations e = x - center, in one pass over the data:
+    With deviations e = x - center, in one pass over the data::
 
         mean = center + E[e]        var = E[|e|^2] - |E[e]|^2
 
-    which is exact algebra for any constant `center`, and loses about |mean - center|^2 / var times
-    the unit roundoff: with a center within a few standard deviations of the mean, nothing. With
-    center 0 it is flax's fast variance. `use_fast_variance=False` takes the mean first and the
+    which is exact algebra for any constant `center`, and loses about `|mean - center|^2 / var`
+    times the unit roundoff: nothing, with a center within a few standard deviations of the mean.
+    With center 0 it is flax's fast variance. `use_fast_variance=False` takes the mean first and the
     variance around it (a second pass, and a second collective under `axis_name`).
 
     Args:
@@ -181,7 +181,7 @@ def is_usable(moments: Moments) -> Array:
 
 
 def pool_groups(groups: Moments) -> Moments:
-    """Pools the moments of groups of examples, weighted by their counts, into those of their union.
+    """Pools the moments of groups, weighted by their counts, into those of their union::
 
         n = sum_g n_g    mean = sum_g n_g m_g / n    var = sum_g n_g (v_g + |m_g - mean|^2) / n
 

@@ -18,7 +18,7 @@ def transport(slots: Moments, before: Moments, after: Moments, epsilon: float) -
     """Moves a memory by what an update did to the statistics of one batch.
 
     The update took the batch from (m, v) to (m', v'). As a map of each feature that is a scale and
-    an offset, and every slot moves by it:
+    an offset, and every slot moves by it::
 
         r = (v' + epsilon) / (v + epsilon)
         m_i <- m_i + (m' - m) + (sqrt(r) - 1) (m_i - m)        v_i <- r v_i

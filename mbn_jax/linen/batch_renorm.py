@@ -18,7 +18,7 @@ from mbn_jax.linen.layer import is_inference, options_of, scale_and_bias
 class BatchRenorm(nn.Module):
     """Batch normalization corrected towards its moving averages, by a bounded amount.
 
-    With moving averages mu and sigma, batch mean mu_B and deviation sigma_B:
+    With moving averages mu and sigma, batch mean mu_B and deviation sigma_B::
 
         y = ((x - mu_B) / sigma_B * r + d) * scale + bias
         r = clip(sigma_B / sigma, 1 / r_max, r_max)     d = clip((mu_B - mu) / sigma, -d_max, d_max)
@@ -28,7 +28,9 @@ class BatchRenorm(nn.Module):
     `batch_stats` holds `mean` and `var` (sigma is averaged, its square is kept, so that the layer's
     statistics read as those of `flax.linen.BatchNorm`) and `steps`, the batches seen.
 
-    Attributes, beside those of flax's layer:
+    The other attributes are those of flax's layer.
+
+    Attributes:
       momentum: of the moving averages.
       r_max: 1 or more, a number or a function of the steps so far; 1 with `d_max` 0 is batch
         normalization. The default is the paper's schedule, for runs of 100,000 steps and more.

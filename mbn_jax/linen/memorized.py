@@ -36,7 +36,7 @@ class MemorizedBatchNorm(nn.Module):
 
     Replaces `flax.linen.BatchNorm` by changing one name (and dropping `momentum`). In training, the
     batch's mean m_B and variance v_B are pushed in front of the memory, the memory is pooled by the
-    law of total variance, and the pool normalizes:
+    law of total variance, and the pool normalizes::
 
         mean = sum_i a_i m_i        var = sum_i a_i (v_i + (m_i - mean)^2)
         y = (x - mean) / sqrt(var + epsilon) * scale + bias,        a_i ~ decay^i
@@ -51,6 +51,7 @@ class MemorizedBatchNorm(nn.Module):
     and decay of the last training call, by which the memory is folded and pooled outside the layer.
 
     `memory_size=None` is a memory without end: w weighs all batches in units of the newest, and
+    with each batch::
 
         w    <- decay w + 1        a = 1 / w
         var  <- (1 - a) var + a v_B + a (1 - a) |m_B - mean|^2

@@ -23,7 +23,9 @@ class BatchRenorm(NormLayer):
     Computes what `mbn_jax.BatchRenorm` computes, which documents the mathematics. `mean`, `var` and
     `steps` are Variables of type `nnx.BatchStat`.
 
-    Args, beside those of `mbn_jax.nnx.MemorizedBatchNorm`:
+    The other arguments are those of `mbn_jax.nnx.MemorizedBatchNorm`.
+
+    Args:
       momentum: of the moving averages.
       r_max: 1 or more, a number or a function of the steps so far; default: the paper's schedule.
       d_max: 0 or more; likewise.
