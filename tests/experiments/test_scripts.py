@@ -1,16 +1,18 @@
-"""experiments/scripts/pod_cost.py: the step of a config, compiled for devices and not run."""
+"""Scripts of experiments/: a step that is compiled and not run, and the table of a sweep."""
 
 import pathlib
 import sys
 
 import jax
+import pandas as pd
 import pytest
 
 from mbn_jax.training.config_files import parse_config, with_fields
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "experiments" / "scripts"))
 
+import ceiling_table  # noqa: E402
 import pod_cost  # noqa: E402
 
 SPLIT = pod_cost.made_up_split((8, 8, 1), 10, 1000)
@@ -42,3 +44,31 @@ def test_a_row_says_whether_the_step_fits():
     row = pod_cost.row_of("x", found, base, 16)
     assert "| x | 1 + 0 | 2.0 | 1.500 | 1.000 |" in row
     assert "2.000 ms (2.000) | 20.00 GiB (too large) |" in row
+
+
+def test_the_table_has_mean_and_interval_of_each_setting(tmp_path):
+    errors = {
+        f"{norm}, {kernels}": (0.5, 0.52)
+        for kernels in ("plain", "standardized")
+        for norm in (
+            "group",
+            "batch 32",
+            *(f"{x} {n}" for x in ceiling_table.LINES for n in (2, 4)),
+        )
+    }
+    errors["batch 32, plain"] = (0.4, 0.42)
+    rows = [
+        # A norm without statistics has nothing to recompute.
+        {"norm": name, "last": True, "test_error": error}
+        | ({} if name.startswith("group") else {"recalibrated_test_error": error, "test_error": 0})
+        for name, pair in errors.items()
+        for error in pair
+    ]
+    results = pd.DataFrame([*rows, {"norm": "group, plain", "last": False, "test_error": 0.9}])
+    table = ceiling_table.summary(results)
+    lines = ceiling_table.markdown(table).splitlines()
+    # Of two seeds, t is 12.706 and the deviation of the mean half of their distance.
+    assert lines[2] == "| group | 51.0 ± 12.7 | 51.0 ± 12.7 |"
+    assert lines[3] == "| batch 32 | 41.0 ± 12.7 | 51.0 ± 12.7 |"
+    ceiling_table.draw(table, tmp_path / "ceiling.png")
+    assert (tmp_path / "ceiling.png").stat().st_size > 10_000

@@ -12,7 +12,7 @@ import pytest
 
 from mbn_jax import VirtualBatches
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent.parent))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
 
 from experiments.layers.oracle import OracleBatchNorm
 

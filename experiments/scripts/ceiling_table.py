@@ -1,0 +1,88 @@
+"""Prints the table of experiments/ceiling.py, and draws its errors by normalization batch.
+
+    python experiments/scripts/ceiling_table.py --workdir=runs/ceiling
+
+The table is saved to `ceiling.md` in the workdir of the sweep, the figure to `ceiling.png`: test
+error with recomputed statistics, mean over seeds and half of its 95 % interval (Student's t).
+"""
+
+import argparse
+import pathlib
+
+import matplotlib.pyplot as plt
+import pandas as pd
+from scipy import stats
+
+SIZES = (2, 4, 8)
+LINES = {"batch": "C0", "perfect memory": "C2", "transport": "C1", "moving average": "C3"}
+
+
+def summary(results: pd.DataFrame) -> pd.DataFrame:
+    """Returns mean, half interval and seeds of each norm and kind of kernels, in %."""
+    last = results[results["last"]]
+    # A norm without statistics has nothing to recompute.
+    error = 100 * last["recalibrated_test_error"].fillna(last["test_error"])
+    setting = last["norm"].str.rsplit(", ", n=1, expand=True)
+    by_setting = error.groupby([setting[0], setting[1]], sort=False)
+    table = pd.DataFrame({"mean": by_setting.mean(), "seeds": by_setting.count()})
+    quantile = stats.t.ppf(0.975, table["seeds"] - 1)
+    table["half"] = quantile * by_setting.std() / table["seeds"] ** 0.5
+    return table.rename_axis(["norm", "kernels"])
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Returns a table with a column for each kind of kernels."""
+    kinds = list(dict.fromkeys(table.index.get_level_values("kernels")))
+    lines = [f"| norm | {' | '.join(kinds)} |", f"| --- |{' --- |' * len(kinds)}"]
+    for norm in dict.fromkeys(table.index.get_level_values("norm")):
+        cells = [
+            "{mean:.1f} ± {half:.1f}".format(**table.loc[norm, kind])
+            if (norm, kind) in table.index
+            else ""
+            for kind in kinds
+        ]
+        lines.append(f"| {norm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def draw(table: pd.DataFrame, path: pathlib.Path) -> None:
+    """Draws errors by normalization batch, a panel for each kind of kernels."""
+    figure, panels = plt.subplots(1, 2, figsize=(9, 4), sharey=True)
+    for panel, kind in zip(panels, ("plain", "standardized"), strict=True):
+        for line, color in LINES.items():
+            sizes = [n for n in (*SIZES, 32) if (f"{line} {n}", kind) in table.index]
+            rows = table.loc[[(f"{line} {n}", kind) for n in sizes]]
+            options = {"label": line, "color": color, "marker": "o", "capsize": 3}
+            panel.errorbar(sizes, rows["mean"], rows["half"], **options)
+        group = table.loc["group", kind]["mean"]
+        panel.axhline(group, color="gray", linestyle="--", label="group (no batch)")
+        panel.set_xscale("log", base=2)
+        panel.set_xticks((*SIZES, 32), labels=[str(n) for n in (*SIZES, 32)])
+        panel.set_xlabel("normalization batch")
+        panel.set_title(f"{kind} kernels")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("test error, %")
+    panels[1].legend()
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    """Prints the table and saves both."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--workdir", type=pathlib.Path, required=True, help="of the sweep")
+    workdir = parser.parse_args().workdir
+    results = workdir / "results.csv"
+    if not results.exists():
+        parser.error(f"there is no {results}; run the sweep first")
+    table = summary(pd.read_csv(results))
+    text = markdown(table)
+    (workdir / "ceiling.md").write_text(text + "\n")
+    draw(table, workdir / "ceiling.png")
+    print(text)
+
+
+if __name__ == "__main__":
+    main()
