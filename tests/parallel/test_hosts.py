@@ -202,7 +202,6 @@ def test_hosts_resume_what_one_process_started_and_share_groups(data_dir, tmp_pa
     assert (means[1] != means[2]).any()
 
 
-@pytest.mark.slow
 def test_where_one_host_cannot_start_none_does(data_dir, tmp_path):
     config = config_of(data_dir)
     results = start(by_flags(2), config, [tmp_path / "first", tmp_path / "other"], [1, 1])
@@ -212,7 +211,6 @@ def test_where_one_host_cannot_start_none_does(data_dir, tmp_path):
     assert said[1].startswith("mbn-train: Host 1 does not find what the first host wrote to")
 
 
-@pytest.mark.slow
 def test_hosts_with_more_and_fewer_devices_do_not_start(data_dir, tmp_path):
     results = start(by_flags(2), config_of(data_dir), [tmp_path / "run"] * 2, [1, 2])
     assert [status for _, _, status in results] == [2, 2]
