@@ -16,7 +16,8 @@ OTHER_RATES = {
     "batch 2, standardized": 0.32,
     **{f"moving average {size}, standardized": 0.08 for size in (2, 4, 8)},
 }
-"""The best of four on held-out images, one seed (ceiling_rate.py); kin take the same."""
+"""The best of four on held-out images, one seed (ceiling_rate.py). All others take RATE, tuned or
+not."""
 
 
 def oracle(forward_size, backward_size, **options):
@@ -57,7 +58,7 @@ def shared_norms():
         "rewrite 2": memory(2, "rewrite"),
         "forward 2, backward 32": oracle(2, 32),
         "moving average 2": moving_average(2),
-        "moving average 2, centered": moving_average(2, center=True),
+        "moving average 2 with mean": moving_average(2, center=True),
     }
 
 
@@ -72,8 +73,8 @@ def settings():
         "perfect memory 2, no gradient": (oracle(32, None), "plain"),
         "perfect memory 2, root mean square": (oracle(32, 2, center=False), "standardized"),
         "moving average 2": (moving_average(2), "centered"),
-        "moving average 2, forward alone": (moving_average(2, backward=False), "standardized"),
-        "moving average 2, backward alone": (moving_average(2, forward=False), "standardized"),
+        "moving average 2 forward alone": (moving_average(2, backward=False), "standardized"),
+        "moving average 2 backward alone": (moving_average(2, forward=False), "standardized"),
         "moving average 4": (moving_average(4), "standardized"),
         "moving average 8": (moving_average(8), "standardized"),
     }

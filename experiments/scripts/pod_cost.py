@@ -1,6 +1,7 @@
 r"""What a training step of a config costs on a pod that is not there: compiled for it, not run.
 
-    python experiments/scripts/pod_cost.py --config=configs/imagenet.py --topology=v5e:16x16
+    python experiments/scripts/pod_cost.py --config=configs/imagenet.py --topology=v5e:16x16 \
+        --config.batch_size=8192
 
 Compiles the step of the run for all chips of a TPU topology, from pip's libtpu alone (`pip install
 '.[train,tpu]'`), and prints a table: all-reduces and the bytes that they carry, FLOPs, bytes
@@ -9,7 +10,8 @@ first row where that says more. `fits` compares arguments and temporary memory w
 Without --topology it compiles for the CPU devices that there are, for counts of collectives:
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 \
-        python experiments/scripts/pod_cost.py --config=configs/cifar.py:resnet8
+        python experiments/scripts/pod_cost.py --config=configs/cifar.py:resnet8 \
+        --config.batch_size=32 --image 16 16 3 --classes 10
 
 `--config.FIELD=VALUE` changes a field for all rows. The data set is not read: --image, --classes
 and --examples say what it has. An estimate of the compiler is not a measurement.
@@ -30,7 +32,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from mbn_jax.datasets.split import ArraySpec, Split
+from mbn_jax.errors import UserError
 from mbn_jax.parallel.devices import AXIS_NAME
+from mbn_jax.training.checks import validate_devices
 from mbn_jax.training.config import static_config
 from mbn_jax.training.config_files import parse_config, with_fields
 from mbn_jax.training.hparams import HParams
@@ -111,6 +115,7 @@ def compiled_step(config: ConfigDict, split: Split, devices: list[Any]) -> Any:
     arguments = state, hparams, BatchStack(np.int32(0), batch)
     mesh = Mesh(np.array(devices), (AXIS_NAME,))
     spec = PartitionSpec(AXIS_NAME)
+    validate_devices(config, len(devices))
 
     def on_devices(x: Any) -> jax.ShapeDtypeStruct:
         shape = (len(devices), *np.shape(x))
@@ -135,7 +140,9 @@ def collectives(text: str) -> dict[str, float]:
     >>> collectives("x = (f32[8]{0}, f32[2,2]{1,0}) all-reduce(a, b), channel_id=1")
     {'all-reduces': 1, 'other collectives': 0, 'KiB carried': 0.046875}
     """
-    pattern = r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute)(?:-start)?\("
+    pattern = (
+        r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
+    )
     found = re.findall(pattern, text)
     carried = sum(
         int(bits) // 8 * int(np.prod([int(n) for n in dims.split(",") if n]))
@@ -208,9 +215,12 @@ def main() -> None:
     parser.add_argument("--examples", type=int, default=1_281_167)
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     args, overrides = parser.parse_known_args()
-    devices = tpu_devices(args.topology) if args.topology else jax.devices()
+    try:
+        config = parse_config(args.config, overrides)
+        devices = tpu_devices(args.topology) if args.topology else jax.devices()
+    except (UserError, ModuleNotFoundError) as error:
+        parser.error(str(error))
     gib = CHIP_GIB.get(args.topology.split(":")[0]) if args.topology else None
-    config = parse_config(args.config, overrides)
     if config.batch_size % len(devices):
         parser.error(
             f"batch_size={config.batch_size} must be a multiple of the {len(devices)} devices; "
@@ -222,7 +232,11 @@ def main() -> None:
     print(f"| {' | '.join(HEADER)} |\n|{' --- |' * len(HEADER)}", flush=True)
     base: dict[str, float] = {}
     for name in args.cases:
-        found = measure(with_fields(config, CASES[name], name), split, devices)
+        try:
+            found = measure(with_fields(config, CASES[name], name), split, devices)
+        except (ValueError, UserError) as error:  # A quarter of two examples, for example.
+            print(f"| {name} | not possible: {error} |", flush=True)
+            continue
         base = base or found
         print(row_of(name, found, base, gib), flush=True)
 

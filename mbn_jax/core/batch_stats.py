@@ -1,8 +1,9 @@
 """What layers keep in a `batch_stats` collection: how it is laid out, pooled, read and filled.
 
-Works on the statistics of `MemorizedBatchNorm`, `BatchRenorm` and `flax.linen.BatchNorm`, alone, in
+Works on the statistics of all layers of this package and of `flax.linen.BatchNorm`, alone, in
 `VirtualBatches`, and stacked by `nn.scan` and `nn.vmap`. A layer is known by what it records of
-itself: `rule` (a memory), `steps` (`BatchRenorm`), `groups` (`VirtualBatches`).
+itself: `rule` (a memory), `steps` (`BatchRenorm`, `MovingAverageBatchNorm`), `groups`
+(`VirtualBatches`).
 """
 
 from collections.abc import Callable, Iterable, Mapping

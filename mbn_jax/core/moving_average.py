@@ -29,8 +29,10 @@ class MovingAverages(NamedTuple):
     """What a layer keeps, beside the moving average for inference.
 
     Attributes:
-      forward: mean and mean square of the last batches, `[forward_batches, 2, *F]`, newest first.
-      backward: means of g and of g z over the last batches, `[backward_batches, 2, *F]`.
+      forward: mean and variance of the last batches, and 1 where there is one, `[forward_batches,
+        3, *F]`, newest first.
+      backward: means of g and of g z over the last batches, and likewise, `[backward_batches, 3,
+        *F]`.
       backward_sums: of the newest batch, `[3, *F]`: the two means, summed over the calls of the
         layer in one forward, and the number of these calls.
       steps: training calls so far, int32.
@@ -77,28 +79,30 @@ def average_both_passes(
       sink: zeros `[3, *F]`, differentiated in place of `backward_sums`; None: this is no forward of
         a training step, and cannot be differentiated.
       options: of the layer.
-      layer: with `center`, `warmup_steps`, `correction_steps` and `r_max`.
+      layer: `MovingAverageBatchNorm`.
 
     Returns:
       The normalized input, and what is kept.
     """
     x = x.astype(kept.forward.dtype)
     axes = options.reduced_axes(x.ndim)
-    batch = lax.stop_gradient(options.moments(x, mask, jnp.zeros_like(running_var)))
-    own = jnp.stack([batch.mean, batch.var + lax.square(batch.mean)])
+    # Around the mean of the memory, where the one-pass variance does not cancel.
+    guess = (_weights(kept.forward) * kept.forward[:, 0]).sum(0)
+    batch = lax.stop_gradient(options.moments(x, mask, guess))
+    own = jnp.stack([batch.mean, batch.var, jnp.ones_like(batch.var)])
     forward = _pushed(kept.forward, own, batch.count)
     total, calls = kept.backward_sums[:2], kept.backward_sums[2]
-    backward = _pushed(kept.backward, total / jnp.maximum(calls, 1)[None], calls)
-
-    def is_filling(batches: Array) -> Array:
-        return kept.steps < max(layer.warmup_steps, len(batches) - 1)
-
-    # Until there are enough batches, normalize by the newest alone, as batch normalization does.
-    mean, square = jnp.where(is_filling(forward), own, forward.mean(0))
-    mean = mean if layer.center else jnp.zeros_like(mean)
-    var = square - lax.square(mean)
-    earlier = jnp.where(is_filling(backward), 0, backward[:-1].sum(0) / len(backward))
-    share = jnp.where(is_filling(backward), 1.0, 1 / len(backward))
+    handed_on = jnp.concatenate([total / jnp.maximum(calls, 1)[None], jnp.ones_like(calls)[None]])
+    backward = _pushed(kept.backward, handed_on, calls)
+    # At first by the newest alone, as batch normalization does.
+    is_warm = kept.steps >= layer.warmup_steps
+    used = jnp.where(is_warm, forward, jnp.zeros_like(forward).at[0].set(own))
+    weights = _weights(used)
+    mean = (weights * used[:, 0]).sum(0) if layer.center else jnp.zeros_like(batch.mean)
+    var = (weights * (used[:, 1] + lax.square(used[:, 0] - mean[None]))).sum(0)
+    earlier = jnp.where(is_warm, backward[:-1], 0)
+    share = 1 / (1 + earlier[:, 2].sum(0))
+    earlier = share[None] * earlier[:, :2].sum(0)
     ratio = jnp.sqrt((var + options.epsilon) / (running_var + options.epsilon))
     ratio = jnp.clip(ratio, 1 / layer.r_max, layer.r_max)
     ratio = jnp.where(kept.steps < layer.correction_steps, 1, ratio)
@@ -108,6 +112,12 @@ def average_both_passes(
     z = normalize(x, mask, mean, scale, ratio, earlier, share, sink)
     after = MovingAverages(forward, backward, jnp.zeros_like(sink), kept.steps + 1)
     return Averaged(z, mean, var, after)
+
+
+def _weights(batches: Array) -> Array:
+    """Returns equal weights of the batches that there are, `[batches, *F]`."""
+    is_there = batches[:, 2]
+    return is_there / jnp.maximum(is_there.sum(0), 1)[None]
 
 
 def _pushed(batches: Array, newest: Array, count: Array) -> Array:
@@ -147,7 +157,8 @@ def _normalization(
         if not is_step:
             raise ValueError(
                 f"The gradient of {options.layer} needs the training step of "
-                "mbn_jax.make_train_step, which carries its backward statistics to the next step."
+                "mbn_jax.make_train_step, which carries its backward statistics to the next step; "
+                f"inside of nn.vmap and nn.scan also {BACKWARD_SUMS!r} in their variable_axes."
             )
         x, mask, mean, scale, ratio, earlier, share = saved
         h, n = wide(ratio) * gradient, normalized(x, mean, scale)
@@ -167,7 +178,7 @@ def _normalization(
         if options.axis_name is not None:
             devices = lax.psum(1, options.axis_name, axis_index_groups=options.axis_index_groups)
         sums = jnp.stack([first.mean, second.mean]) / devices
-        a, b = devices * (earlier + share * sums)
+        a, b = devices * (earlier + share[None] * sums)
         pull = wide(b) * n + (wide(a) if center else 0)
         if mask is not None:
             pull = jnp.where(mask, pull, 0)

@@ -51,8 +51,8 @@ class MovingAverageBatchNorm(nn.Module):
 
     References:
       Yan et al., "Towards Stabilizing Batch Statistics in Backward Propagation of Batch
-      Normalization" (MABN), ICLR 2020, arXiv 2001.06838. Written after public PyTorch code of the
-      layer, whose defaults it has; the paper itself was not at hand.
+      Normalization" (MABN), ICLR 2020, arXiv 2001.06838. Follows the layer, and has the defaults,
+      of the PyTorch code at github.com/megvii-model/MABN; not checked against the paper's text.
 
     >>> import jax
     >>> layer = MovingAverageBatchNorm(use_running_average=False)
@@ -126,8 +126,8 @@ class MovingAverageBatchNorm(nn.Module):
         var = self.variable("batch_stats", "var", jnp.ones, shape, dtype)
         steps = self.variable("batch_stats", "steps", jnp.zeros, (), jnp.int32)
         averages = {
-            "forward": zeros("forward", self.forward_batches, 2),
-            "backward": zeros("backward", self.backward_batches, 2),
+            "forward": zeros("forward", self.forward_batches, 3),
+            "backward": zeros("backward", self.backward_batches, 3),
             BACKWARD_SUMS: zeros(BACKWARD_SUMS, 3),
         }
         parameters = scale_and_bias(self, shape)

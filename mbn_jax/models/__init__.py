@@ -43,11 +43,9 @@ def build_model(
     """
     options = config.model
     factory = named(options.name, MODELS, "model.name")
-    shared = {
-        "dtype": jnp.dtype(options.dtype),
-        "remat": options.remat,
-        "conv": CONVOLUTIONS[options.conv],
-    }
+    shared = {"dtype": jnp.dtype(options.dtype), "remat": options.remat}
+    if options.conv != "plain":
+        shared["conv"] = CONVOLUTIONS[options.conv]
     if num_classes is not None:
         shared["num_classes"] = num_classes
     taken = accepted(factory)

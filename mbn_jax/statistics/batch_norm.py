@@ -8,7 +8,7 @@ from mbn_jax.core.conversion import folded, started_from
 
 PyTree = Any
 
-NAMES = ("MemorizedBatchNorm", "BatchRenorm", "VirtualBatches")
+NAMES = ("MemorizedBatchNorm", "BatchRenorm", "MovingAverageBatchNorm", "VirtualBatches")
 """Classes by which flax names the layers that stand where a `BatchNorm` could."""
 
 

@@ -116,6 +116,15 @@ def _has_statistics(module: nn.Module) -> bool:
     return {"mean", "var"} <= set(module.variables.get("batch_stats", {}))
 
 
+def _attribute(module: nn.Module, name: str, default: Any) -> Any:
+    """Returns an attribute of a layer, or of the layer that `VirtualBatches` makes."""
+    if not isinstance(module, VirtualBatches):
+        return getattr(module, name, default)
+    factory = module.norm
+    made = getattr(factory, "func", factory)  # A class, or a function, which tells nothing.
+    return getattr(factory, "keywords", {}).get(name, getattr(made, name, default))
+
+
 def _input_moments(
     module: nn.Module,
     x: Array,
@@ -124,14 +133,12 @@ def _input_moments(
     mask: Array | None,
 ) -> Moments:
     """Returns the moments of a layer's input; around 0, for a layer that subtracts no mean."""
-    if isinstance(module, VirtualBatches):  # What counts is the layer that it makes.
-        module = module.norm(use_running_average=True, parent=None)
-    axis = getattr(module, "axis", -1)
+    axis = _attribute(module, "axis", -1)
     if examples is not None:
         examples = examples.reshape(-1, *(1,) * (x.ndim - 1))
         mask = examples if mask is None else mask & examples
     moments = input_moments(x, axis, mask=mask, axis_name=axis_name)
-    if getattr(module, "center", True):
+    if _attribute(module, "center", True):
         return moments
     square = moments.var + abs_sq(moments.mean)
     return moments._replace(mean=jnp.zeros_like(moments.mean), var=square)

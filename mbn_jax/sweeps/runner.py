@@ -185,10 +185,7 @@ class Runner:
             trial.set_user_attr(store.OUTCOME, store.DUPLICATE)
             raise optuna.TrialPruned("another runner has this member")
         folder = self._workdir / MEMBERS / trial.user_attrs[store.FOLDER]
-        folder.mkdir(parents=True, exist_ok=True)
-        # Heartbeats stop while a machine sleeps, and another runner takes its member over: when it
-        # wakes up, the folder must still have one writer.
-        with only_writer(folder, waits=lambda: not self._stop.is_set()):
+        with self._holding(folder):
             try:
                 values = self._train(trial, device, folder)
             except DivergenceError as error:
@@ -205,6 +202,27 @@ class Runner:
                 raise
             _record_end(trial, folder, store.FINISHED)
         return values["test_error"] if "test_error" in values else values["test_loss"]
+
+    @contextlib.contextmanager
+    def _holding(self, folder: pathlib.Path) -> Iterator[None]:
+        """Makes and locks the folder of a member; ends this runner where that fails.
+
+        Heartbeats stop while a machine sleeps, and another runner takes its member over: when it
+        wakes up, the folder must still have one writer.
+        """
+        with contextlib.ExitStack() as stack:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(only_writer(folder, waits=lambda: not self._stop.is_set()))
+            except (OSError, UserError) as error:
+                if not self._stop.is_set():  # The member is not at fault, and stays to be run.
+                    if isinstance(error, OSError):
+                        told = f"The folder {folder} cannot be made: {error.strerror}."
+                        error = UserError(told)
+                    self._errors.append(error)
+                    self._stop.set()
+                raise
+            yield
 
     def _train(
         self, trial: optuna.Trial, device: jax.Device, folder: pathlib.Path

@@ -88,10 +88,13 @@ def is_norm_of_batches(layer: Callable[..., nn.Module]) -> bool:
     return {"use_running_average", "axis_name"} <= accepted(layer)
 
 
-def norm_layers(config: ConfigDict) -> tuple[type[nn.Module], ...]:
-    """Returns the classes that are normalization layers, the one that the config names too."""
-    layer = named(config.norm.name, NORMS, "norm.name")
-    return (*LAYERS, layer) if isinstance(layer, type) and layer not in LAYERS else LAYERS
+def norm_layers(norm: NormFactory) -> tuple[type[nn.Module], ...]:
+    """Returns the classes that are normalization layers, also what `norm` makes."""
+    layer = norm(use_running_average=True)
+    if isinstance(layer, VirtualBatches):
+        layer = layer.norm(use_running_average=True)
+    made = type(layer)
+    return LAYERS if made in LAYERS else (*LAYERS, made)
 
 
 def is_endless(config: ConfigDict) -> bool:

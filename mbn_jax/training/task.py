@@ -135,7 +135,8 @@ class Task:
     @functools.cached_property
     def norm_layers(self) -> tuple[type[nn.Module], ...]:
         """Classes of the normalization layers."""
-        return norm_layers(self.config)
+        hparams = HParams.from_config(self.config)
+        return norm_layers(build_norm(self.config, hparams, self.num_devices, self.total_steps))
 
     def standardized(self, images: jax.Array) -> jax.Array:
         """Returns images as the network takes them, float32 where they are standardized."""

@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 
 from mbn_jax.errors import UserError
 from mbn_jax.names import is_import_path
-from mbn_jax.training.config import changes, default_config, fields, flattened
+from mbn_jax.training.config import FIELDS, changes, default_config, fields, flattened
 from mbn_jax.training.config_files import is_in_kwargs
 
 CONFIG = "config.json"
@@ -90,8 +90,10 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
     path = workdir / CONFIG
     try:
         stored = without_removed_fields(flattened(json.loads(path.read_text())), str(path))
-    except OSError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{workdir} is not the folder of a run: it has no {CONFIG}.") from error
+    except OSError as error:
+        raise UserError(f"{path} cannot be read: {error.strerror}.") from error
     except UserError:
         raise
     except (ValueError, AttributeError) as error:
@@ -103,9 +105,24 @@ def load_config(workdir: pathlib.Path) -> ConfigDict:
             f"{path} is damaged, or of another version of this package: it has the unknown fields "
             f"{', '.join(unknown)}."
         )
+    _check_types(stored, path)
     with config.ignore_type():  # JSON has lists for tuples.
         config.update_from_flattened_dict(stored)
     return config
+
+
+def _check_types(stored: Mapping[str, Any], path: pathlib.Path) -> None:
+    """Raises UserError for a value that JSON would not have made of a field."""
+    for name, value in stored.items():
+        if name not in FIELDS:
+            continue
+        default = FIELDS[name].default
+        allowed = {tuple: (list,), float: (float, int)}.get(type(default), (type(default),))
+        if type(value) not in allowed:
+            raise UserError(
+                f"{path} is damaged: {name} must be like {json.dumps(default)}, got "
+                f"{json.dumps(value)}."
+            )
 
 
 def save_config(config: ConfigDict, workdir: pathlib.Path) -> None:

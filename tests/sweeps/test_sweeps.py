@@ -659,6 +659,17 @@ def test_a_report_needs_a_sweep(tmp_path):
         report_command([str(tmp_path), f"--storage=sqlite:///{tmp_path}/other.db"])
 
 
+def test_a_folder_that_cannot_be_made_ends_the_sweep(write_sweep, tmp_path, fake_train):
+    path = write_sweep({"norm.decay": (0.5, 0.9)})
+    workdir = tmp_path / "sweep"
+    workdir.mkdir()
+    (workdir / "members").write_text("a file")
+    with pytest.raises(UserError, match=r"members/.* cannot be made: Not a directory"):
+        sweep_command([path, f"--workdir={workdir}"])
+    (workdir / "members").unlink()
+    assert sweep_command([path, f"--workdir={workdir}"]) == 0
+
+
 def test_the_data_set_picks_the_config(write_sweep, tmp_path):
     path = write_sweep({"norm.decay": (1.0,)})
     (tmp_path / "other.py").write_text(

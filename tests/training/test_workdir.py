@@ -152,6 +152,12 @@ def test_fields_that_never_were_are_refused(run):
         load_config(run)
 
 
+def test_a_value_of_another_type_is_refused(run):
+    with_stored(run, num_epochs=None)
+    with pytest.raises(UserError, match=r"damaged: num_epochs must be like 10\.0, got null"):
+        load_config(run)
+
+
 def test_a_run_resumes_with_another_record_but_not_with_another_training(run, config, data_dir):
     assert set(MAY_CHANGE) <= set(fields(config))
     moved = shutil.copytree(data_dir, run.parent / "moved")
