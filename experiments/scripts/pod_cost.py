@@ -131,6 +131,7 @@ def compiled_step(config: ConfigDict, split: Split, devices: list[Any]) -> Any:
     return lowered.compile()
 
 
+COLLECTIVES = ("all-reduce", "all-gather", "all-to-all", "collective-permute", "reduce-scatter")
 SHAPE = re.compile(r"\b([a-z]+)(\d+)\[([\d,]*)\]")
 
 
@@ -140,10 +141,7 @@ def collectives(text: str) -> dict[str, float]:
     >>> collectives("x = (f32[8]{0}, f32[2,2]{1,0}) all-reduce(a, b), channel_id=1")
     {'all-reduces': 1, 'other collectives': 0, 'KiB carried': 0.046875}
     """
-    pattern = (
-        r"= (.*?) (all-reduce|all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\("
-    )
-    found = re.findall(pattern, text)
+    found = re.findall(rf"= (.*?) ({'|'.join(COLLECTIVES)})(?:-start)?\(", text)
     carried = sum(
         int(bits) // 8 * int(np.prod([int(n) for n in dims.split(",") if n]))
         for shapes, _ in found

@@ -156,6 +156,10 @@ class SlowNorm(nn.Module):
         return (x - jnp.expand_dims(mean.value, axes)) / jnp.expand_dims(var.value + 1e-3, axes)
 
 
+def slow_norm(use_running_average):
+    return SlowNorm(use_running_average)
+
+
 def momentum_sgd(learning_rate, momentum=0.5):
     return optax.sgd(learning_rate, momentum)
 

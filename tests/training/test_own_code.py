@@ -74,8 +74,9 @@ def test_what_a_config_names_is_trained_evaluated_recorded_and_resumed(tmp_path)
         train(config, tmp_path)
 
 
-def test_a_norm_of_ones_own_is_recalibrated_too(tmp_path):
-    config = own_config(norm__name="own_code:SlowNorm", recalibrate_batches=2, num_epochs=1.0)
+@pytest.mark.parametrize("norm", ["SlowNorm", "slow_norm"])
+def test_a_norm_of_ones_own_is_recalibrated_too(tmp_path, norm):
+    config = own_config(norm__name=f"own_code:{norm}", recalibrate_batches=2, num_epochs=1.0)
     values = train(config, tmp_path)
     assert values["recalibrated_test_loss"] != values["test_loss"]
 
