@@ -143,9 +143,10 @@ class MovingAverageBatchNorm(nn.Module):
             self,
         )
         if not self.is_initializing():
-            rate = 1 - self.momentum
-            mean.value += rate * (result.mean - mean.value)
-            var.value += rate * (result.var - var.value)
+            # A batch that is not finite shows in its own outputs only.
+            rate = (1 - self.momentum) * (jnp.isfinite(result.var) & jnp.isfinite(result.mean))
+            mean.value += jnp.where(rate > 0, rate * (result.mean - mean.value), 0)
+            var.value += jnp.where(rate > 0, rate * (result.var - var.value), 0)
             for name, variable in averages.items():
                 variable.value = lax.stop_gradient(getattr(result.kept, name))
             steps.value = result.kept.steps

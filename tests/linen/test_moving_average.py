@@ -171,6 +171,20 @@ def test_a_masked_batch_and_a_nan_hand_on_no_statistics():
     )
 
 
+@pytest.mark.parametrize("warmup_steps", [0, 100])
+def test_a_batch_that_is_not_finite_spoils_no_statistics(warmup_steps):
+    layer = MovingAverageBatchNorm(warmup_steps=warmup_steps, use_running_average=False)
+    x = batches(1)[0]
+    variables = layer.init(jax.random.key(0), x)
+    _, before = layer.apply(variables, x, mutable=["batch_stats"])
+    _, after = layer.apply(variables | before, x.at[0].set(jnp.nan), mutable=["batch_stats"])
+    names = ("mean", "forward", "backward", *(("var",) if warmup_steps else ()))
+    for name in names:
+        kept, expected = (tree["batch_stats"][name] for tree in (after, before))
+        np.testing.assert_array_equal(kept, expected)
+    assert jnp.isfinite(after["batch_stats"]["var"]).all()
+
+
 def test_synced_devices_are_one_device():
     data = batches(6)
     expected = run(Net(short), sgd, data, "rewrite")
