@@ -29,10 +29,10 @@ class MovingAverages(NamedTuple):
     """What a layer keeps, beside the moving average for inference.
 
     Attributes:
-      forward: mean and variance of the last batches, and 1 where there is one, `[forward_batches,
-        3, *F]`, newest first.
-      backward: means of g and of g z over the last batches, and likewise, `[backward_batches, 3,
-        *F]`.
+      forward: mean, variance, and 1 where there is a batch, of the last batches, newest first:
+        `[forward_batches, 3, *F]`.
+      backward: means of g and of g z, and likewise, of the last batches:
+        `[backward_batches, 3, *F]`.
       backward_sums: of the newest batch, `[3, *F]`: the two means, summed over the calls of the
         layer in one forward, and the number of these calls.
       steps: training calls so far, int32.
