@@ -7,6 +7,17 @@ from mbn_jax.sweeps import Sweep
 
 ORACLE = "experiments.layers.oracle:OracleBatchNorm"
 
+FIELDS = {
+    "num_epochs": 5.0,
+    "batch_size": 32,
+    "double_forward": "off",
+    "norm.memory_size": 64,
+    "norm.decay": 0.97,
+    "norm.memory_schedule.start_size": 0,
+    "eval_every_steps": 1_000_000,  # At the end alone.
+    "checkpoint_every_steps": 1_000_000,
+}
+
 RATE = 0.16
 OTHER_RATES = {
     "batch 32, plain": 0.08,
@@ -93,16 +104,7 @@ def get_sweep():
         "normalization batch differs. Test error with statistics recomputed over training images, "
         "so that the weights alone are compared.",
         configs={"cifar10": "../configs/cifar.py:resnet8"},
-        fields={
-            "num_epochs": 5.0,
-            "batch_size": 32,
-            "double_forward": "off",
-            "norm.memory_size": 64,
-            "norm.decay": 0.97,
-            "norm.memory_schedule.start_size": 0,
-            "eval_every_steps": 1_000_000,  # At the end alone.
-            "checkpoint_every_steps": 1_000_000,
-        },
+        fields=FIELDS,
         axes={"norm": settings()},
         seeds=3,
         baseline={"norm": "batch 32, plain"},

@@ -9,6 +9,8 @@ norm sends over the links is counted by
         --config=configs/cifar.py:resnet8 --config.batch_size=16 --image 16 16 3 --classes 10
 """
 
+from ceiling import FIELDS
+
 from mbn_jax.sweeps import Sweep
 
 LOCAL = {"norm.virtual_batch_size": 2}
@@ -21,17 +23,7 @@ def get_sweep():
         text="ResNet-8 on 10,000 CIFAR-10 images at 16x16, 5 epochs of SGD with batch 16. Local "
         "statistics are those of two examples, synced ones of sixteen.",
         configs={"cifar10": "../configs/cifar.py:resnet8"},
-        fields={
-            "num_epochs": 5.0,
-            "batch_size": 16,
-            "optimizer.learning_rate": 0.08,
-            "double_forward": "off",
-            "norm.memory_size": 64,
-            "norm.decay": 0.97,
-            "norm.memory_schedule.start_size": 0,
-            "eval_every_steps": 1_000_000,  # At the end alone.
-            "checkpoint_every_steps": 1_000_000,
-        },
+        fields=FIELDS | {"batch_size": 16, "optimizer.learning_rate": 0.08},
         axes={
             "norm": {
                 "batch, local": {"norm.name": "batch"} | LOCAL,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mbn_jax.core.gradient import with_gradient
-from mbn_jax.core.moments import Moments, batch_moments
+from mbn_jax.core.moments import Moments, around_zero, batch_moments
 
 
 class OracleBatchNorm(nn.Module):
@@ -85,7 +85,4 @@ class OracleBatchNorm(nn.Module):
 
     def _about_origin(self, moments: Moments) -> Moments:
         """Returns mean 0 and the mean square where the layer does not center."""
-        if self.center:
-            return moments
-        square = moments.var + jnp.square(moments.mean)
-        return moments._replace(mean=jnp.zeros_like(moments.mean), var=square)
+        return moments if self.center else around_zero(moments)

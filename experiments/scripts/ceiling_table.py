@@ -11,22 +11,21 @@ import pathlib
 
 import matplotlib.pyplot as plt
 import pandas as pd
-from scipy import stats
+
+from mbn_jax.sweeps.summary import interval
 
 SIZES = (2, 4, 8)
 LINES = {"batch": "C0", "perfect memory": "C2", "transport": "C1", "moving average": "C3"}
 
 
 def summary(results: pd.DataFrame) -> pd.DataFrame:
-    """Returns mean, half interval and seeds of each norm and kind of kernels, in %."""
+    """Returns mean and half interval of each norm and kind of kernels, in %."""
     last = results[results["last"]]
     # A norm without statistics has nothing to recompute.
     error = 100 * last["recalibrated_test_error"].fillna(last["test_error"])
     setting = last["norm"].str.rsplit(", ", n=1, expand=True)
     by_setting = error.groupby([setting[0], setting[1]], sort=False)
-    table = pd.DataFrame({"mean": by_setting.mean(), "seeds": by_setting.count()})
-    quantile = stats.t.ppf(0.975, table["seeds"] - 1)
-    table["half"] = quantile * by_setting.std() / table["seeds"] ** 0.5
+    table = pd.DataFrame({"mean": by_setting.mean(), "half": by_setting.agg(interval)})
     return table.rename_axis(["norm", "kernels"])
 
 

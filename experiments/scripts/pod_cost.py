@@ -19,9 +19,6 @@ and --examples say what it has. An estimate of the compiler is not a measurement
 
 import argparse
 import functools
-import importlib
-import os
-import pathlib
 import re
 import time
 from typing import Any
@@ -30,6 +27,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
+from step_cost import tpu_devices
 
 from mbn_jax.datasets.split import ArraySpec, Split
 from mbn_jax.errors import UserError
@@ -90,18 +88,9 @@ def made_up_split(image: tuple[int, ...], classes: int, examples: int) -> Split:
     return Split("train", (), source, source, spec, num_classes=classes)
 
 
-def tpu_devices(topology: str) -> list[Any]:
-    """Returns the devices of a topology, from `libtpu` alone."""
-    from jax.experimental import topologies
-
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # This may be no TPU's host.
-    library = pathlib.Path(importlib.import_module("libtpu").__file__ or "").parent / "libtpu.so"
-    os.environ.setdefault("TPU_LIBRARY_PATH", str(library))
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-
-
 def compiled_step(config: ConfigDict, split: Split, devices: list[Any]) -> Any:
     """Compiles the training step of a run for devices, from the shapes of its arguments."""
+    validate_devices(config, len(devices))
     channels = split.spec["image"].shape[-1]
     pixels = np.zeros(channels, np.float32)
     task = Task(static_config(config), split, split, pixels, pixels + 1, len(devices))
@@ -115,7 +104,6 @@ def compiled_step(config: ConfigDict, split: Split, devices: list[Any]) -> Any:
     arguments = state, hparams, BatchStack(np.int32(0), batch)
     mesh = Mesh(np.array(devices), (AXIS_NAME,))
     spec = PartitionSpec(AXIS_NAME)
-    validate_devices(config, len(devices))
 
     def on_devices(x: Any) -> jax.ShapeDtypeStruct:
         shape = (len(devices), *np.shape(x))
@@ -216,14 +204,10 @@ def main() -> None:
     try:
         config = parse_config(args.config, overrides)
         devices = tpu_devices(args.topology) if args.topology else jax.devices()
+        validate_devices(config, len(devices))
     except (UserError, ModuleNotFoundError) as error:
         parser.error(str(error))
     gib = CHIP_GIB.get(args.topology.split(":")[0]) if args.topology else None
-    if config.batch_size % len(devices):
-        parser.error(
-            f"batch_size={config.batch_size} must be a multiple of the {len(devices)} devices; "
-            f"set --config.batch_size."
-        )
     split = made_up_split(tuple(args.image), args.classes, args.examples)
     local = config.batch_size // len(devices)
     print(f"{config.model.name}, {config.model.dtype}, {len(devices)} devices x {local} examples")

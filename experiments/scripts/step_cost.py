@@ -306,14 +306,14 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def tpu_device(topology: str) -> Any:
-    """Returns a device of a TPU to compile for, from `libtpu` alone."""
+def tpu_devices(topology: str) -> list[Any]:
+    """Returns the devices of a TPU topology to compile for, from `libtpu` alone."""
     from jax.experimental import topologies
 
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # This may be no TPU's host.
     library = pathlib.Path(importlib.import_module("libtpu").__file__ or "").parent / "libtpu.so"
     os.environ.setdefault("TPU_LIBRARY_PATH", str(library))
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices[0]
+    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
 
 
 def main() -> None:
@@ -333,7 +333,7 @@ def main() -> None:
     args = parser.parse_args()
     if BASE not in args.cases:
         parser.error(f"--cases needs {BASE!r}, to which the others are ratios")
-    device = tpu_device(args.tpu) if args.tpu else None
+    device = tpu_devices(args.tpu)[0] if args.tpu else None
     name = device.device_kind if args.tpu else jax.devices()[0].device_kind
     rounds = 0 if args.tpu else args.rounds
     jax.config.update("jax_enable_compilation_cache", False)  # Its time is measured too.

@@ -113,6 +113,17 @@ def map_layers(
     return visit((), batch_stats)
 
 
+def overlay(tree: PyTree, changes: PyTree) -> PyTree:
+    """Returns nested dicts with all that `changes` has in its place.
+
+    >>> overlay({'norm': {'mean': 0, 'var': 1}}, {'norm': {'mean': 2}})
+    {'norm': {'mean': 2, 'var': 1}}
+    """
+    if not isinstance(tree, Mapping):
+        return changes
+    return {k: overlay(v, changes[k]) if k in changes else v for k, v in tree.items()}
+
+
 def inference_statistics(layer_stats: PyTree) -> tuple[Array, Array]:
     """Returns (mean, var) that one layer normalizes by at inference, `[*stacked, *F]`.
 

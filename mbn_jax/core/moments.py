@@ -175,6 +175,16 @@ def select(condition: Array, chosen: Moments, others: Moments) -> Moments:
     return Moments(*(jnp.where(condition, *pair) for pair in zip(chosen, others, strict=True)))
 
 
+def around_zero(moments: Moments) -> Moments:
+    """Returns mean 0 and the mean square, by which a layer normalizes that subtracts no mean.
+
+    >>> [float(x) for x in around_zero(Moments(jnp.array(3.0), jnp.array(1.0), jnp.array(2.0)))]
+    [0.0, 10.0, 2.0]
+    """
+    square = moments.var + abs_sq(moments.mean)
+    return Moments(jnp.zeros_like(moments.mean), square, moments.count)
+
+
 def is_usable(moments: Moments) -> Array:
     """Returns where moments are of something, and finite."""
     return (moments.count > 0) & jnp.isfinite(moments.mean) & jnp.isfinite(moments.var)

@@ -13,7 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from mbn_jax.core.moments import Array, batch_moments
+from mbn_jax.core.memory import pool, push
+from mbn_jax.core.moments import Array, Moments, around_zero, batch_moments, select
 from mbn_jax.core.normalization import NormOptions
 
 PyTree = Any
@@ -86,23 +87,25 @@ def average_both_passes(
     """
     x = x.astype(kept.forward.dtype)
     axes = options.reduced_axes(x.ndim)
+    forward, backward = _slots(kept.forward), _slots(kept.backward)
     # Around the mean of the memory, where the one-pass variance does not cancel.
-    guess = (_weights(kept.forward) * kept.forward[:, 0]).sum(0)
+    guess = pool(forward, forward.count).mean
     batch = lax.stop_gradient(options.moments(x, mask, guess))
-    own = jnp.stack([batch.mean, batch.var, jnp.ones_like(batch.var)])
-    forward = _pushed(kept.forward, own, batch.count)
-    total, calls = kept.backward_sums[:2], kept.backward_sums[2]
-    handed_on = jnp.concatenate([total / jnp.maximum(calls, 1)[None], jnp.ones_like(calls)[None]])
-    backward = _pushed(kept.backward, handed_on, calls)
+    batch = batch._replace(count=jnp.minimum(batch.count, 1))
+    forward = push(forward, batch)
+    first, second, calls = kept.backward_sums
+    count = jnp.maximum(calls, 1)
+    # No moments, but kept in the same way: two numbers a feature, and whether there are any.
+    backward = push(backward, Moments(first / count, second / count, jnp.minimum(calls, 1)))
     # At first by the newest alone, as batch normalization does.
     is_warm = kept.steps >= layer.warmup_steps
-    used = jnp.where(is_warm, forward, jnp.zeros_like(forward).at[0].set(own))
-    weights = _weights(used)
-    mean = (weights * used[:, 0]).sum(0) if layer.center else jnp.zeros_like(batch.mean)
-    var = (weights * (used[:, 1] + lax.square(used[:, 0] - mean[None]))).sum(0)
-    earlier = jnp.where(is_warm, backward[:-1], 0)
-    share = 1 / (1 + earlier[:, 2].sum(0))
-    earlier = share[None] * earlier[:, :2].sum(0)
+    centered = (lambda moments: moments) if layer.center else around_zero
+    mean, var, _ = select(is_warm, pool(centered(forward), forward.count), centered(batch))
+    there = jnp.where(is_warm, backward.count[:-1], 0)
+    share = 1 / (1 + there.sum(0))
+    earlier = share[None] * jnp.stack(
+        [(there * value[:-1]).sum(0) for value in (backward.mean, backward.var)]
+    )
     ratio = jnp.sqrt((var + options.epsilon) / (running_var + options.epsilon))
     ratio = jnp.clip(ratio, 1 / layer.r_max, layer.r_max)
     ratio = jnp.where(kept.steps < layer.correction_steps, 1, ratio)
@@ -110,21 +113,14 @@ def average_both_passes(
     normalize = _normalization(options, axes, center=layer.center, is_step=sink is not None)
     sink = jnp.zeros_like(kept.backward_sums) if sink is None else sink
     z = normalize(x, mask, mean, scale, ratio, earlier, share, sink)
-    after = MovingAverages(forward, backward, jnp.zeros_like(sink), kept.steps + 1)
+    stacks = jnp.stack(forward, 1), jnp.stack(backward, 1)
+    after = MovingAverages(*stacks, jnp.zeros_like(sink), kept.steps + 1)
     return Averaged(z, mean, var, after)
 
 
-def _weights(batches: Array) -> Array:
-    """Returns equal weights of the batches that there are, `[batches, *F]`."""
-    is_there = batches[:, 2]
-    return is_there / jnp.maximum(is_there.sum(0), 1)[None]
-
-
-def _pushed(batches: Array, newest: Array, count: Array) -> Array:
-    """Puts statistics before those of earlier batches, where they are of something and finite."""
-    pushed = jnp.concatenate([newest[None].astype(batches.dtype), batches[:-1]])
-    is_usable = (count > 0) & jnp.isfinite(newest).all(0)
-    return jnp.where(is_usable[None, None], pushed, batches)
+def _slots(batches: Array) -> Moments:
+    """Returns a stack `[batches, 3, *F]` as slots of a memory, each of count 0 or 1."""
+    return Moments(*jnp.moveaxis(batches, 1, 0))
 
 
 def _normalization(
@@ -204,17 +200,3 @@ def zero_sums(batch_stats: PyTree) -> PyTree:
         elif name == BACKWARD_SUMS:
             found[name] = jnp.zeros_like(child)
     return found
-
-
-def with_sums(batch_stats: PyTree, sums: PyTree) -> PyTree:
-    """Returns `batch_stats` with the `BACKWARD_SUMS` that a backward pass found.
-
-    >>> with_sums({'norm': {'mean': 0, 'backward_sums': 1}}, {'norm': {'backward_sums': 2}})
-    {'norm': {'mean': 0, 'backward_sums': 2}}
-    """
-    if not isinstance(batch_stats, Mapping):
-        return sums
-    return {
-        name: with_sums(child, sums[name]) if name in sums else child
-        for name, child in batch_stats.items()
-    }

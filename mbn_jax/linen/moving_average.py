@@ -144,9 +144,10 @@ class MovingAverageBatchNorm(nn.Module):
         )
         if not self.is_initializing():
             # A batch that is not finite shows in its own outputs only.
-            rate = (1 - self.momentum) * (jnp.isfinite(result.var) & jnp.isfinite(result.mean))
-            mean.value += jnp.where(rate > 0, rate * (result.mean - mean.value), 0)
-            var.value += jnp.where(rate > 0, rate * (result.var - var.value), 0)
+            is_finite = jnp.isfinite(result.var) & jnp.isfinite(result.mean)
+            for average, new in ((mean, result.mean), (var, result.var)):
+                moved = average.value + (1 - self.momentum) * (new - average.value)
+                average.value = jnp.where(is_finite, moved, average.value)
             for name, variable in averages.items():
                 variable.value = lax.stop_gradient(getattr(result.kept, name))
             steps.value = result.kept.steps

@@ -7,12 +7,11 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from flax import linen as nn
 from flax.core import tracers
 
 from mbn_jax.core.batch_stats import add_moments, moments_over, recalibrated, with_moments
-from mbn_jax.core.moments import Array, AxisName, Moments, abs_sq, pool_two
+from mbn_jax.core.moments import Array, AxisName, Moments, around_zero, pool_two
 from mbn_jax.core.normalization import input_moments
 from mbn_jax.linen.batch_renorm import BatchRenorm
 from mbn_jax.linen.memorized import MemorizedBatchNorm
@@ -138,10 +137,7 @@ def _input_moments(
         examples = examples.reshape(-1, *(1,) * (x.ndim - 1))
         mask = examples if mask is None else mask & examples
     moments = input_moments(x, axis, mask=mask, axis_name=axis_name)
-    if _attribute(module, "center", True):
-        return moments
-    square = moments.var + abs_sq(moments.mean)
-    return moments._replace(mean=jnp.zeros_like(moments.mean), var=square)
+    return moments if _attribute(module, "center", True) else around_zero(moments)
 
 
 def recalibrate(apply: Callable[..., Any], variables: PyTree, batches: Iterable[PyTree]) -> PyTree:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from mbn_jax.core.batch_stats import layers_with_statistics, layout_of
+from mbn_jax.core.batch_stats import layers_with_statistics, layout_of, overlay
 from mbn_jax.core.double_forward import (
     BATCH_MOMENTS,
     FIRST_BATCH_MOMENTS,
@@ -22,7 +22,7 @@ from mbn_jax.core.double_forward import (
     forwards_of,
 )
 from mbn_jax.core.moments import AxisName
-from mbn_jax.core.moving_average import BACKWARD_SUMS, with_sums, zero_sums
+from mbn_jax.core.moving_average import BACKWARD_SUMS, zero_sums
 from mbn_jax.step.axes import LayerCall, check_axes, check_axis_bound, layer_calls
 from mbn_jax.step.forward import BoundApply, run_loss
 from mbn_jax.step.state import TrainState
@@ -154,14 +154,14 @@ def make_train_step(
                 seen = jax.tree.map(lambda x: x[: second.num_examples(size)], batch)
             if second.needs_records:
                 records = {FIRST_BATCH_MOMENTS: first[BATCH_MOMENTS]}
-            with forwards_of(second):
+            with forwards_of(second):  # Not differentiated: it needs no sinks.
                 _, (_, written) = forward(params, {}, seen, **records)
             if second.needs_records:
                 _check_first_used(state.batch_stats, first, written, second, calls)
         state = state.replace(
             step=state.step + 1,
             params=params,
-            batch_stats=with_sums(written["batch_stats"], sums),
+            batch_stats=overlay(written["batch_stats"], sums),
             opt_state=opt_state,
         )
         return state, metrics

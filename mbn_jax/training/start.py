@@ -12,7 +12,7 @@ from jax.tree_util import keystr, tree_flatten_with_path
 from ml_collections import ConfigDict
 
 from mbn_jax.command_line import expand_home
-from mbn_jax.core.batch_stats import layers_with_statistics, map_layers
+from mbn_jax.core.batch_stats import layers_with_statistics, map_layers, overlay
 from mbn_jax.errors import UserError
 from mbn_jax.parallel.devices import first_device, first_host_first, replicate
 from mbn_jax.statistics.batch_norm import from_batch_norm
@@ -116,7 +116,7 @@ def with_weights_of(run: str, fresh: TrainState) -> TrainState:
                 f"init_from={run} is a run of another model: {name} has shape {found.get(name)} "
                 f"there, expected {shape}; use the same model and norm."
             )
-    stats = _overlay(fresh.batch_stats, _moments(stats))
+    stats = overlay(fresh.batch_stats, _moments(stats))
     return fresh.replace(params=params, batch_stats=stats)
 
 
@@ -134,10 +134,3 @@ def _moments(stats: PyTree) -> PyTree:
 
 def _shapes(tree: PyTree) -> dict[str, tuple[int, ...]]:
     return {keystr(path): np.shape(x) for path, x in tree_flatten_with_path(tree)[0]}
-
-
-def _overlay(stats: PyTree, moments: PyTree) -> PyTree:
-    """Returns `stats` with all of `moments` in its place."""
-    if not isinstance(stats, dict):
-        return moments
-    return {k: _overlay(v, moments[k]) if k in moments else v for k, v in stats.items()}
