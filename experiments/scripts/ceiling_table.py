@@ -3,7 +3,8 @@
     python experiments/scripts/ceiling_table.py --workdir=runs/ceiling
 
 The table is saved to `ceiling.md` in the workdir of the sweep, the figure to `ceiling.png`: test
-error with recomputed statistics, mean over seeds and half of its 95 % interval (Student's t).
+error with recomputed statistics, mean over seeds and half of its 95 % interval (Student's t). Below
+the table are the differences that docs/results/ceiling.md names, paired by seed.
 """
 
 import argparse
@@ -18,13 +19,61 @@ SIZES = (2, 4, 8)
 LINES = {"batch": "C0", "perfect memory": "C2", "transport": "C1", "moving average": "C3"}
 
 
-def summary(results: pd.DataFrame) -> pd.DataFrame:
-    """Returns mean and half interval of each norm and kind of kernels, in %."""
+PAIRS = (
+    *(
+        (f"{norm} 2, {kind}", f"{other}, {kind}")
+        for kind in ("plain", "standardized")
+        for norm, other in (
+            ("batch", "batch 32"),
+            ("perfect memory", "batch 2"),
+            ("transport", "batch 2"),
+            ("transport", "perfect memory 2"),
+            ("transport", "off 2"),
+            ("moving average", "batch 2"),
+        )
+    ),
+    ("perfect memory 4, plain", "batch 4, plain"),
+    *(
+        (f"{norm}, standardized", f"{norm}, plain")
+        for norm in ("batch 2", "group", "moving average 2")
+    ),
+    ("group, standardized", "batch 2, standardized"),
+    *(
+        ("moving average 2, standardized", f"{other}, standardized")
+        for other in (
+            "moving average 2 with mean",
+            "moving average 2 backward alone",
+            "batch 32",
+            "group",
+        )
+    ),
+)
+"""Settings whose errors are compared."""
+
+
+def errors(results: pd.DataFrame) -> pd.DataFrame:
+    """Returns the last row of each member, with its test error, %, as `error`."""
     last = results[results["last"]]
     # A norm without statistics has nothing to recompute.
-    error = 100 * last["recalibrated_test_error"].fillna(last["test_error"])
-    setting = last["norm"].str.rsplit(", ", n=1, expand=True)
-    by_setting = error.groupby([setting[0], setting[1]], sort=False)
+    found = 100 * last["recalibrated_test_error"].fillna(last["test_error"])
+    return last.assign(error=found)
+
+
+def differences(results: pd.DataFrame) -> str:
+    """Returns a line for each of `PAIRS`: the first minus the second, paired by seed."""
+    table = errors(results).pivot(index="seed", columns="norm", values="error")
+    found = {(one, other): table[one] - table[other] for one, other in PAIRS}
+    return "\n".join(
+        f"{one} - {other}: {values.mean():.1f} ± {interval(values):.1f}"
+        for (one, other), values in found.items()
+    )
+
+
+def summary(results: pd.DataFrame) -> pd.DataFrame:
+    """Returns mean and half interval of each norm and kind of kernels, in %."""
+    found = errors(results)
+    setting = found["norm"].str.rsplit(", ", n=1, expand=True)
+    by_setting = found["error"].groupby([setting[0], setting[1]], sort=False)
     table = pd.DataFrame({"mean": by_setting.mean(), "half": by_setting.agg(interval)})
     return table.rename_axis(["norm", "kernels"])
 
@@ -76,11 +125,12 @@ def main() -> None:
     results = workdir / "results.csv"
     if not results.exists():
         parser.error(f"there is no {results}; run the sweep first")
-    table = summary(pd.read_csv(results))
+    found = pd.read_csv(results)
+    table = summary(found)
     text = markdown(table)
     (workdir / "ceiling.md").write_text(text + "\n")
     draw(table, workdir / "ceiling.png")
-    print(text)
+    print(f"{text}\n\n{differences(found)}")
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import jax
 import pandas as pd
 import pytest
 
+from mbn_jax.sweeps.command import load_sweep
 from mbn_jax.training.config_files import parse_config, with_fields
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -72,3 +73,23 @@ def test_the_table_has_mean_and_interval_of_each_setting(tmp_path):
     assert lines[3] == "| batch 32 | 41.0 ± 12.7 | 51.0 ± 12.7 |"
     ceiling_table.draw(table, tmp_path / "ceiling.png")
     assert (tmp_path / "ceiling.png").stat().st_size > 10_000
+
+
+def test_differences_are_paired_by_seed():
+    names = {name for pair in ceiling_table.PAIRS for name in pair}
+    rows = [
+        {"norm": name, "seed": seed, "last": True, "recalibrated_test_error": error + 0.1 * seed}
+        for name in sorted(names)
+        for seed in (0, 1)
+        for error in (0.2 if name == "batch 2, plain" else 0.1,)
+    ]
+    results = pd.DataFrame(rows).assign(test_error=0.0)
+    lines = ceiling_table.differences(results).splitlines()
+    # What a seed adds to both cancels.
+    assert lines[0] == "batch 2, plain - batch 32, plain: 10.0 ± 0.0"
+    assert len(lines) == len(ceiling_table.PAIRS)
+
+
+def test_the_settings_compared_are_members_of_the_sweep():
+    sweep, _ = load_sweep(str(ROOT / "experiments" / "ceiling.py"), [], None)
+    assert {name for pair in ceiling_table.PAIRS for name in pair} <= set(sweep.axes["norm"])
