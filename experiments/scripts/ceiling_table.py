@@ -4,7 +4,7 @@
 
 The table is saved to `ceiling.md` in the workdir of the sweep, the figure to `ceiling.png`: test
 error with recomputed statistics, mean over seeds and half of its 95 % interval (Student's t). Below
-the table are the differences that docs/results/ceiling.md names, paired by seed.
+the table are the differences that docs/results/ceiling.md and backward.md name, paired by seed.
 """
 
 import argparse

@@ -17,7 +17,7 @@ of the root mean square over batches and channels, averaged over layers and the 
   batch was not fitted yet, and costs one more forward too
 
 The best factor for the sum of all shifts fits it to the true displacement: below 1 if the shifts
-overshoot. Result: docs/results/transport.md, "How errors grow".
+overshoot. Result: docs/results/transport_growth.md.
 """
 
 import argparse

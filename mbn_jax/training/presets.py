@@ -17,7 +17,7 @@ COMMON: dict[str, Any] = {
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     # The method as published: few batches, equal weights.
     "paper": COMMON | {"norm.memory_size": 8, "norm.decay": 1.0, "double_forward": "rewrite"},
-    # What was best over five seeds, and needs no choice by batch size (docs/results/transport.md).
+    # What was best over five seeds (docs/results/transport_statistics.md).
     "recommended": COMMON
     | {"norm.memory_size": 64, "norm.decay": 0.97, "double_forward": "transport"},
 }
