@@ -1,5 +1,6 @@
 """Scripts of experiments/: a step that is compiled and not run, and the table of a sweep."""
 
+import math
 import pathlib
 import sys
 
@@ -45,6 +46,14 @@ def test_a_row_says_whether_the_step_fits():
     row = pod_cost.row_of("x", found, base, 16)
     assert "| x | 1 + 0 | 2.0 | 1.500 | 1.000 |" in row
     assert "2.000 ms (2.000) | 20.00 GiB (too large) |" in row
+
+
+def test_an_estimate_leaves_out_the_penalty_of_operations_that_cost_nothing():
+    bitcast = 'x = custom-call(y), custom_call_target="ConcatBitcast"\n'
+    assert pod_cost.estimated_seconds(-59.97175, 60 * bitcast) == pytest.approx(0.02825)
+    assert pod_cost.estimated_seconds(0.02825, "") == 0.02825
+    # One operation more than is known to be free: no estimate, rather than a wrong one.
+    assert math.isnan(pod_cost.estimated_seconds(-59.97175, 59 * bitcast))
 
 
 def test_the_table_has_mean_and_interval_of_each_setting(tmp_path):
