@@ -3,10 +3,13 @@ r"""What a training step of a config costs on a pod that is not there: compiled 
     python experiments/scripts/pod_cost.py --config=configs/imagenet.py --topology=v5e:16x16 \
         --config.batch_size=8192
 
-Compiles the step of the run for all chips of a TPU topology, from pip's libtpu alone (`pip install
-'.[train,tpu]'`), and prints a table: all-reduces and the bytes that they carry, FLOPs, bytes
-accessed, temporary memory a chip, and the compiler's own estimate of the time, each a ratio to the
-first row where that says more. `fits` compares arguments and temporary memory with the chip's.
+Compiles the step of the run for all chips of a topology that is not there, and prints a table:
+all-reduces and the bytes that they carry, FLOPs, bytes accessed, temporary memory a chip, and the
+compiler's own estimate of the time, each a ratio to the first row where that says more. `fits`
+compares arguments and temporary memory with the chip's.
+TPU topologies need pip's libtpu alone (`pip install '.[train,tpu]'`). `--topology=h100:64` needs
+JAX's CUDA plugin (`pip install '.[train,cuda]'`), and prints neither FLOPs, bytes nor an estimate:
+that compiler has none; what cuDNN takes beside the arrays is not counted.
 Without --topology it compiles for the CPU devices that there are, for counts of collectives:
 
     XLA_FLAGS=--xla_force_host_platform_device_count=8 \
@@ -19,6 +22,7 @@ and --examples say what it has. An estimate of the compiler is not a measurement
 
 import argparse
 import functools
+import math
 import re
 import time
 from typing import Any
@@ -27,7 +31,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
-from step_cost import tpu_devices
+from topologies import MEMORY_GIB, topology_devices
 
 from mbn_jax.datasets.split import ArraySpec, Split
 from mbn_jax.errors import UserError
@@ -38,9 +42,6 @@ from mbn_jax.training.config_files import parse_config, with_fields
 from mbn_jax.training.hparams import HParams
 from mbn_jax.training.steps import BatchStack, init_state, train_steps
 from mbn_jax.training.task import Task
-
-CHIP_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32}
-"""High-bandwidth memory of a chip, by the family that a topology's name begins with."""
 
 BATCH = {"norm.name": "batch", "double_forward": "off"}
 OFF, REWRITE, TRANSPORT = ({"double_forward": mode} for mode in ("off", "rewrite", "transport"))
@@ -155,23 +156,29 @@ def estimated_seconds(optimal: float, text: str) -> float:
     nan
     """
     found = optimal + text.count('custom_call_target="ConcatBitcast"')
-    return found if found > 0 else float("nan")
+    return found if found > 0 else math.nan
 
 
 def measure(config: ConfigDict, split: Split, devices: list[Any]) -> dict[str, float]:
-    """Compiles a step, and returns what the compiler says of it."""
+    """Compiles a step, and returns what the compiler says of it: NaN for what it does not say."""
     begin = time.perf_counter()
     step = compiled_step(config, split, devices)
-    cost, memory = step.cost_analysis(), step.memory_analysis()
+    cost = step.cost_analysis() or {}  # The compiler for GPUs has none.
+    memory = step.memory_analysis()
     text = step.as_text()
     return collectives(text) | {
-        "FLOPs": cost["flops"],
-        "bytes": cost["bytes accessed"],
+        "FLOPs": cost.get("flops", math.nan),
+        "bytes": cost.get("bytes accessed", math.nan),
         "memory": memory.temp_size_in_bytes,
         "needed": memory.temp_size_in_bytes + memory.argument_size_in_bytes,
-        "estimate": estimated_seconds(cost.get("optimal_seconds", float("nan")), text),
+        "estimate": estimated_seconds(cost.get("optimal_seconds", math.nan), text),
         "compiled in": time.perf_counter() - begin,
     }
+
+
+def ratio(found: dict[str, float], base: dict[str, float], key: str) -> str:
+    """Returns a ratio to the first row, or nothing where the compiler gives no number."""
+    return "" if math.isnan(found[key] / base[key]) else f"{found[key] / base[key]:.3f}"
 
 
 def row_of(name: str, found: dict[str, float], base: dict[str, float], gib: int | None) -> str:
@@ -182,9 +189,9 @@ def row_of(name: str, found: dict[str, float], base: dict[str, float], gib: int 
         name,
         f"{found['all-reduces']} + {found['other collectives']}",
         f"{found['KiB carried']:.1f}",
-        *(f"{found[key] / base[key]:.3f}" for key in ("FLOPs", "bytes", "memory")),
-        f"{found['estimate'] * 1e3:.3f} ms ({found['estimate'] / base['estimate']:.3f})"
-        if base["estimate"] > 0
+        *(ratio(found, base, key) for key in ("FLOPs", "bytes", "memory")),
+        f"{found['estimate'] * 1e3:.3f} ms ({ratio(found, base, 'estimate')})"
+        if found["estimate"] > 0
         else "",
         f"{needed:.2f} GiB{fits}",
         f"{found['compiled in']:.0f} s",
@@ -211,7 +218,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--config", required=True, help="config file")
-    parser.add_argument("--topology", help="TPU topology, for example v5e:16x16")
+    parser.add_argument("--topology", help="v5e:16x16 or another TPU topology; h100:64")
     parser.add_argument("--image", type=int, nargs=3, default=(224, 224, 3))
     parser.add_argument("--classes", type=int, default=1000)
     parser.add_argument("--examples", type=int, default=1_281_167)
@@ -219,11 +226,11 @@ def main() -> None:
     args, overrides = parser.parse_known_args()
     try:
         config = parse_config(args.config, overrides)
-        devices = tpu_devices(args.topology) if args.topology else jax.devices()
+        devices = topology_devices(args.topology) if args.topology else jax.devices()
         validate_devices(config, len(devices))
-    except (UserError, ModuleNotFoundError) as error:
+    except (UserError, ValueError) as error:
         parser.error(str(error))
-    gib = CHIP_GIB.get(args.topology.split(":")[0]) if args.topology else None
+    gib = MEMORY_GIB.get(args.topology.split(":")[0]) if args.topology else None
     split = made_up_split(tuple(args.image), args.classes, args.examples)
     local = config.batch_size // len(devices)
     print(f"{config.model.name}, {config.model.dtype}, {len(devices)} devices x {local} examples")

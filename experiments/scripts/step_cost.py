@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from topologies import topology_devices
 
 from mbn_jax import BatchRenorm, MemorizedBatchNorm, TrainState, make_train_step
 from mbn_jax.datasets.split import Examples
@@ -306,16 +307,6 @@ def table(found: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def tpu_devices(topology: str) -> list[Any]:
-    """Returns the devices of a TPU topology to compile for, from `libtpu` alone."""
-    from jax.experimental import topologies
-
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")  # This may be no TPU's host.
-    library = pathlib.Path(importlib.import_module("libtpu").__file__ or "").parent / "libtpu.so"
-    os.environ.setdefault("TPU_LIBRARY_PATH", str(library))
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
-
-
 def main() -> None:
     """Prints and saves a table for each network, dtype and batch size, as it is done."""
     parser = argparse.ArgumentParser(
@@ -333,7 +324,7 @@ def main() -> None:
     args = parser.parse_args()
     if BASE not in args.cases:
         parser.error(f"--cases needs {BASE!r}, to which the others are ratios")
-    device = tpu_devices(args.tpu)[0] if args.tpu else None
+    device = topology_devices(args.tpu)[0] if args.tpu else None
     name = device.device_kind if args.tpu else jax.devices()[0].device_kind
     rounds = 0 if args.tpu else args.rounds
     jax.config.update("jax_enable_compilation_cache", False)  # Its time is measured too.

@@ -16,6 +16,7 @@ sys.path.insert(0, str(ROOT / "experiments" / "scripts"))
 
 import ceiling_table  # noqa: E402
 import pod_cost  # noqa: E402
+import topologies  # noqa: E402
 
 SPLIT = pod_cost.made_up_split((8, 8, 1), 10, 1000)
 LAYERS = 2
@@ -54,6 +55,31 @@ def test_an_estimate_leaves_out_the_penalty_of_operations_that_cost_nothing():
     assert pod_cost.estimated_seconds(0.02825, "") == 0.02825
     # One operation more than is known to be free: no estimate, rather than a wrong one.
     assert math.isnan(pod_cost.estimated_seconds(-59.97175, 59 * bitcast))
+
+
+@pytest.mark.parametrize(
+    ("topology", "message"),
+    [
+        ("h100:12", "h100 takes a multiple of 8 GPUs, got '12'"),
+        ("h100:8", r"needs JAX's plugin: pip install '\.\[train,cuda\]'"),
+        ("v5e:2x4", r"needs libtpu: pip install '\.\[train,tpu\]'"),
+    ],
+)
+def test_a_topology_that_nothing_here_describes_is_refused(topology, message, monkeypatch):
+    def not_installed(*args, **options):
+        raise NotImplementedError("topology not implemented for cuda")
+
+    monkeypatch.setattr(topologies.topologies, "get_topology_desc", not_installed)
+    monkeypatch.setitem(sys.modules, "libtpu", None)
+    with pytest.raises(ValueError, match=message):
+        topologies.topology_devices(topology)
+
+
+def test_a_row_leaves_out_what_the_compiler_does_not_say():
+    found = {"all-reduces": 4, "other collectives": 0, "KiB carried": 2.0, "memory": 3.0}
+    found |= {"FLOPs": math.nan, "bytes": math.nan, "estimate": math.nan, "needed": 2**30}
+    row = pod_cost.row_of("x", found | {"compiled in": 1.0}, found, 80)
+    assert row == "| x | 4 + 0 | 2.0 |  |  | 1.000 |  | 1.00 GiB (fits) | 1 s |"
 
 
 def test_the_table_has_mean_and_interval_of_each_setting(tmp_path):
