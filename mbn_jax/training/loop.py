@@ -21,7 +21,7 @@ from mbn_jax.training.divergence import DivergenceError, FiniteCheck, find_layer
 from mbn_jax.training.hparams import HParams
 from mbn_jax.training.intervals import Intervals
 from mbn_jax.training.norms import is_endless
-from mbn_jax.training.passes import evaluate, recalibrate, train_pass
+from mbn_jax.training.passes import compile_start, evaluate, recalibrate, train_pass
 from mbn_jax.training.presets import PRESETS, preset_of
 from mbn_jax.training.program import Program, Programs
 from mbn_jax.training.reporting import (
@@ -73,6 +73,8 @@ def train(
     """
     workdir = pathlib.Path(workdir)
     program = _open(config, workdir, programs or Programs())
+    if not config.init_from and not (workdir / CHECKPOINTS).exists():
+        compile_start(program, config)
     start = find_start(program, config, workdir)
     _save_config(config, workdir)
     with first_host_first():  # If the first host cannot write, all of them end.
@@ -155,7 +157,7 @@ def _train_from(
         pending.append(metrics)
         if len(pending) > DISPATCHES_IN_FLIGHT:
             # Waits for an older dispatch: the devices stay busy, and dispatches do not pile up.
-            jax.block_until_ready(pending[-DISPATCHES_IN_FLIGHT])
+            pending[-DISPATCHES_IN_FLIGHT]["loss"].block_until_ready()
         stops = stop_asked is not None and stop_asked(previous + 1, step) and step < due.total
         previous = step
         if not (due.logs_after(step) or stops):
