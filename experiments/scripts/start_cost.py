@@ -4,8 +4,8 @@
 
 Starts `mbn-train` in a process of its own whose home folder is empty, so that nothing is compiled
 and no data set prepared; then once more in that home. Each is stopped at its first record, which
-follows the first step. Further arguments are those of mbn-train; another checkout on PYTHONPATH is
-measured in place of this one. Prints the median of the seconds that passed with quartiles, and the
+follows the first step. Further arguments are those of mbn-train; run in another checkout, it
+measures that one. Prints the median of the seconds that passed with quartiles, and the
 median of those on processors. Result: docs/results/cost.md, "The start".
 """
 

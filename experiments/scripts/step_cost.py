@@ -38,6 +38,7 @@ from mbn_jax import BatchRenorm, MemorizedBatchNorm, TrainState, make_train_step
 from mbn_jax.datasets.split import Examples
 from mbn_jax.models import MODELS
 from mbn_jax.training.losses import CrossEntropy
+from mbn_jax.training.program import QUICKLY
 
 CLASSES = 10
 
@@ -178,7 +179,9 @@ class Step:
             "compile": seconds,
         }
         if device is None:
-            self._state, self._batch = jax.jit(initial_state)(), jax.device_put(batch)
+            on_cpu = jax.default_backend() == "cpu"
+            initial = jax.jit(initial_state, compiler_options=QUICKLY if on_cpu else None)
+            self._state, self._batch = initial(), jax.device_put(batch)
 
     def seconds(self, clock: Callable[[], float]) -> tuple[float, float]:
         """Takes a step; returns its time, and how long the call took of it."""
