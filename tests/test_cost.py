@@ -7,6 +7,7 @@ may compile otherwise. These were counted with jax and jaxlib 0.10.2, flax 0.12.
 import functools
 import importlib.util
 import json
+import logging
 import pathlib
 import re
 
@@ -20,6 +21,7 @@ import stepping
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from mbn_jax import MemorizedBatchNorm, TrainState, make_train_step
+from mbn_jax.errors import StoppedError
 from mbn_jax.models import MODELS, vgg
 from mbn_jax.parallel.devices import (
     AXIS_NAME,
@@ -27,6 +29,8 @@ from mbn_jax.parallel.devices import (
     replicate,
     split_over_devices,
 )
+from mbn_jax.training.config import default_config
+from mbn_jax.training.loop import train
 
 SCRIPT = pathlib.Path(__file__).parents[1] / "experiments" / "scripts" / "step_cost.py"
 
@@ -130,6 +134,30 @@ def test_the_table_is_printed_and_saved(step_cost, tmp_path, monkeypatch, capsys
     assert [row["step"] for row in found] == cases
     assert found[0]["time"] == found[0]["FLOPs"] == 1
     assert all(row["seconds"] >= row["host ms"] / 1e3 > 0 for row in found)
+
+
+def test_two_programs_are_compiled_up_to_the_first_step(data_dir, tmp_path, caplog):
+    config = default_config()
+    config.dataset.data_dir = data_dir
+    config.batch_size = 16
+    config.model.features = (8, 8)
+    compiled = []
+
+    def stop_asked(first_step, last_step):
+        assert (first_step, last_step) == (1, 1)
+        told = (record.getMessage() for record in caplog.records)
+        compiled.extend(line for line in told if line.startswith("Finished XLA compilation of"))
+        return True
+
+    jax.clear_caches()  # What other tests compiled would not count.
+    jax.config.update("jax_log_compiles", True)  # In all threads.
+    try:
+        with caplog.at_level(logging.WARNING, "jax"), pytest.raises(StoppedError):
+            train(config, tmp_path, stop_asked=stop_asked)
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    # The state before the step, and the step: no operation has a program of its own.
+    assert len(compiled) == 2, compiled
 
 
 SECOND_FORWARDS = {

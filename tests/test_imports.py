@@ -22,8 +22,8 @@ LIBRARY = {
     "nnx": (LIBRARY_PACKAGES, {"core", "step"}),
     "step": (LIBRARY_PACKAGES, {"core", "errors"}),
 }
-# Imported by other packages of the extra, not by mbn_jax.
-INDIRECT = {"importlib_resources", "pyarrow"}
+# Imported by other packages of the extra, or read as files, not imported by mbn_jax.
+INDIRECT = {"importlib_resources", "pyarrow", "sklearn"}
 
 
 def module_name(path: pathlib.Path) -> str:

@@ -39,6 +39,7 @@ from mbn_jax import BatchRenorm, MemorizedBatchNorm, TrainState, make_train_step
 from mbn_jax.datasets.split import Examples
 from mbn_jax.models import MODELS
 from mbn_jax.training.losses import CrossEntropy
+from mbn_jax.training.program import QUICKLY
 
 CLASSES = 10
 
@@ -179,15 +180,17 @@ class Step:
             "compile": seconds,
         }
         if device is None:
-            self._state, self._batch = jax.jit(initial_state)(), jax.device_put(batch)
+            on_cpu = jax.default_backend() == "cpu"
+            initial = jax.jit(initial_state, compiler_options=QUICKLY if on_cpu else None)
+            self._state, self._batch = initial(), jax.device_put(batch)
 
-    def seconds(self) -> tuple[float, float]:
+    def seconds(self, clock: Callable[[], float]) -> tuple[float, float]:
         """Takes a step; returns its time, and how long the call took of it."""
-        begin = time.perf_counter()
+        begin = clock()
         self._state, _ = self._step(self._state, self._batch)
-        host = time.perf_counter() - begin
+        host = clock() - begin
         jax.block_until_ready(self._state)
-        return time.perf_counter() - begin, host
+        return clock() - begin, host
 
 
 def kept_bytes(network: nn.Module, state: TrainState, batch: Examples) -> int:
@@ -251,30 +254,34 @@ class TorchStep:
         self._images = torch.tensor(images.tolist())
         self._labels = torch.arange(batch_size) % CLASSES
 
-    def seconds(self) -> tuple[float, float]:
+    def seconds(self, clock: Callable[[], float]) -> tuple[float, float]:
         """Takes a step; returns its time, twice: the call returns when it is done."""
-        begin = time.perf_counter()
+        begin = clock()
         self._optimizer.zero_grad()
         self._loss(self._network(self._images), self._labels).backward()
         self._optimizer.step()
-        taken = time.perf_counter() - begin
+        taken = clock() - begin
         return taken, taken
 
 
-def measure(steps: dict[str, Any], rounds: int) -> dict[str, np.ndarray]:
+def measure(
+    steps: dict[str, Any], rounds: int, clock: Callable[[], float]
+) -> dict[str, np.ndarray]:
     """Returns the times of every step, `[rounds, 2]`: of the step, and of the call."""
     times: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
     for number in range(rounds + 2):
         for name, step in steps.items():
-            taken = step.seconds()
+            taken = step.seconds(clock)
             if number >= 2:  # The first fill caches.
                 times[name].append(taken)
     return {name: np.array(taken) for name, taken in times.items()}
 
 
-def rows(steps: dict[str, Any], rounds: int, batch_size: int) -> list[dict[str, Any]]:
+def rows(
+    steps: dict[str, Any], rounds: int, batch_size: int, clock: Callable[[], float]
+) -> list[dict[str, Any]]:
     """Measures, and returns a row for every step."""
-    times = measure(steps, rounds) if rounds else {}
+    times = measure(steps, rounds, clock) if rounds else {}
     base = steps[BASE].counts
     found = []
     for name, step in steps.items():
@@ -318,6 +325,11 @@ def main() -> None:
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=(2, 8, 32, 128))
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES))
     parser.add_argument("--rounds", type=int, default=30, help="0: counts alone")
+    parser.add_argument(
+        "--processor_time",
+        action="store_true",
+        help="count the time of this process alone: on a CPU that others use, pinned to one core",
+    )
     parser.add_argument("--tpu", metavar="TOPOLOGY", help="compile for it; for example v5e:2x2")
     parser.add_argument("--torch", action="store_true", help="PyTorch's step too")
     parser.add_argument("--workdir", type=pathlib.Path, help="where to save the tables")
@@ -327,6 +339,7 @@ def main() -> None:
     device = topology_devices(args.tpu)[0] if args.tpu else None
     name = device.device_kind if args.tpu else jax.devices()[0].device_kind
     rounds = 0 if args.tpu else args.rounds
+    clock = time.process_time if args.processor_time else time.perf_counter
     jax.config.update("jax_enable_compilation_cache", False)  # Its time is measured too.
     Step(CASES[BASE], model="convnet", batch_size=8, image_size=8, dtype="float32", device=device)
     for dtype in args.dtypes:
@@ -344,7 +357,7 @@ def main() -> None:
             }
             if args.torch:
                 steps["PyTorch, batch"] = TorchStep(size, args.image_size)
-            found = rows(steps, rounds, size)
+            found = rows(steps, rounds, size, clock)
             title = f"{args.model}, {dtype}, batch size {size}, {args.image_size} pixels, {name}"
             print(f"\n{title}\n\n{table(found)}", flush=True)
             if args.workdir:

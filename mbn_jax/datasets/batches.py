@@ -10,9 +10,7 @@ import os
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-import grain
 import numpy as np
-from absl import flags
 
 from mbn_jax.datasets.order import BatchOrder
 from mbn_jax.datasets.split import Examples, Split
@@ -77,6 +75,9 @@ def training_batches(
             indices = host.indices(step, min(step + steps_per_stack, num_steps))
             yield np.pad(indices, ((0, steps_per_stack - len(indices)), (0, 0)))
         return
+    import grain  # It takes a tenth of a second, for a split that is on disk.
+    from absl import flags
+
     # Reads few batches ahead, because they may be large.
     threads = 1 if num_workers else os.cpu_count() or 1
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mbn_jax.errors import StoppedError, UserError, one_line
-from mbn_jax.parallel.devices import check_alike, first_device, first_host_first
+from mbn_jax.parallel.devices import check_alike, first_host_first
 from mbn_jax.parallel.preemption import StopAsked
 from mbn_jax.step.state import TrainState
 from mbn_jax.training.checkpoints import Checkpoints
@@ -21,7 +21,7 @@ from mbn_jax.training.divergence import DivergenceError, FiniteCheck, find_layer
 from mbn_jax.training.hparams import HParams
 from mbn_jax.training.intervals import Intervals
 from mbn_jax.training.norms import is_endless
-from mbn_jax.training.passes import evaluate, recalibrate, train_pass
+from mbn_jax.training.passes import compile_start, evaluate, recalibrate, train_pass
 from mbn_jax.training.presets import PRESETS, preset_of
 from mbn_jax.training.program import Program, Programs
 from mbn_jax.training.reporting import (
@@ -73,6 +73,8 @@ def train(
     """
     workdir = pathlib.Path(workdir)
     program = _open(config, workdir, programs or Programs())
+    if not config.init_from and not (workdir / CHECKPOINTS).exists():
+        compile_start(program, config)
     start = find_start(program, config, workdir)
     _save_config(config, workdir)
     with first_host_first():  # If the first host cannot write, all of them end.
@@ -155,7 +157,7 @@ def _train_from(
         pending.append(metrics)
         if len(pending) > DISPATCHES_IN_FLIGHT:
             # Waits for an older dispatch: the devices stay busy, and dispatches do not pile up.
-            jax.block_until_ready(pending[-DISPATCHES_IN_FLIGHT])
+            pending[-DISPATCHES_IN_FLIGHT]["loss"].block_until_ready()
         stops = stop_asked is not None and stop_asked(previous + 1, step) and step < due.total
         previous = step
         if not (due.logs_after(step) or stops):
@@ -193,8 +195,14 @@ def _find_layer(run: Run, error: DivergenceError) -> str:
 
 def _to_host(pending: list[Any]) -> dict[str, np.ndarray]:
     """Returns the metrics of several dispatches as `[steps]`."""
-    host = [first_device(metrics) for metrics in jax.device_get(pending)]
-    return {name: np.concatenate([metrics[name] for metrics in host]) for name in host[0]}
+    if jax.default_backend() != "cpu":  # There it is what takes the time: nothing has to travel.
+        for x in jax.tree.leaves(pending):
+            if isinstance(x, jax.Array):
+                x.copy_to_host_async()
+    return {
+        name: np.concatenate([np.asarray(metrics[name])[0] for metrics in pending])
+        for name in pending[0]
+    }
 
 
 def _evaluate(run: Run, state: TrainState, step: int, check: FiniteCheck) -> dict[str, float]:

@@ -3,6 +3,7 @@
 Every function takes a program and a run configuration; arrays are `[devices, ...]`.
 """
 
+import contextlib
 import math
 from collections.abc import Iterator
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from mbn_jax.parallel.devices import (
     distribute,
     first_device,
     gather_over_hosts,
+    local_devices,
     replicate,
     split_over_devices,
 )
@@ -43,6 +45,9 @@ PyTree = Any
 
 STEPS_PER_STACK = 1024
 """Steps whose indices go to the devices at once: some kilobytes, and rarely a copy."""
+
+DONATED = (0,)
+"""Arguments of `train_steps` whose buffers a dispatch takes over: the state."""
 
 
 class Dispatch(NamedTuple):
@@ -68,7 +73,8 @@ def train_pass(
 
     The state that it starts from is donated.
     """
-    step, total_steps = int(first_device(state.step)), program.task.total_steps
+    step = int(first_device(jax.device_get(state.step)))
+    total_steps = program.task.total_steps
     stride = config.steps_per_dispatch
     if step == last_step:
         return
@@ -76,14 +82,23 @@ def train_pass(
     stack, stack_end = next(stacks)
     hparams = program.hparams(config)
     data = program.data(program.task.train)
+    compiled, suits = None, None
     while step < last_step:
         # Up to the next multiple of the stride, where records and checkpoints may be due: a run
         # that was lengthened, or had another stride, resumes between two of them.
         num_steps = min(stride - step % stride, last_step - step)
-        compiled = program.compiled(train_steps, donate_argnums=(0,), num_steps=num_steps)
-        # No hidden copies to the devices in this loop. (Over several hosts, pmap copies the random
-        # keys itself.)
-        with jax.transfer_guard("disallow" if jax.process_count() == 1 else "allow"):
+        guard: contextlib.AbstractContextManager = contextlib.nullcontext()
+        if compiled is None or suits != (num_steps, stack_end):
+            arguments = state, hparams, data, stack
+            compiled = program.specialized(
+                train_steps, arguments, donate_argnums=DONATED, num_steps=num_steps
+            )
+            suits = num_steps, stack_end
+            # No hidden copies to the devices in this loop. The first call speaks for those like it,
+            # because the guard takes as long as the rest of the loop. (Over several hosts, pmap
+            # copies the random keys itself.)
+            guard = jax.transfer_guard("disallow" if jax.process_count() == 1 else "allow")
+        with guard:
             state, metrics = compiled(state, hparams, data, stack)
         step += num_steps
         if step == stack_end and step < total_steps:
@@ -91,13 +106,42 @@ def train_pass(
         yield Dispatch(step, state, metrics, stack if step < total_steps else None)
 
 
+def compile_start(program: Program, config: ConfigDict) -> None:
+    """Compiles what makes the first state of a run and, beside it, what trains from there."""
+    task, devices = program.task, len(local_devices(program.devices))
+    num_steps = min(config.steps_per_dispatch, task.total_steps)
+    batch_size = config.batch_size // task.num_devices
+    is_on_disk = task.train.in_memory is None
+    example: Any = task.train.zeros(1) if is_on_disk else np.zeros(1, np.int32)
+    steps = num_steps if is_on_disk else _steps_per_stack(program, config)
+
+    def stacked(x: np.ndarray) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((devices, steps, batch_size, *x.shape[1:]), x.dtype)
+
+    first_step = jax.ShapeDtypeStruct((devices,), np.int32)
+    arguments = (
+        program.state_shapes(),
+        program.hparams(config),
+        program.data(task.train),
+        BatchStack(first_step, jax.tree.map(stacked, example)),
+    )
+    program.specialized(train_steps, arguments, donate_argnums=DONATED, num_steps=num_steps)
+
+
+def _steps_per_stack(program: Program, config: ConfigDict) -> int:
+    """Returns how many steps' batches go to the devices at once, whole dispatches."""
+    stride = config.steps_per_dispatch
+    if program.task.train.in_memory is None:
+        return stride
+    return max(1, STEPS_PER_STACK // stride) * stride
+
+
 def batch_stacks(
     program: Program, config: ConfigDict, first_step: int
 ) -> Iterator[tuple[BatchStack, int]]:
     """Yields the training batches from a step's dispatch on, and the step after each stack."""
     task, stride = program.task, config.steps_per_dispatch
-    in_memory = task.train.in_memory is not None
-    steps_per_stack = max(1, STEPS_PER_STACK // stride) * stride if in_memory else stride
+    steps_per_stack = _steps_per_stack(program, config)
     first_step -= first_step % stride  # So that no dispatch needs two stacks.
     host = HostBatches(
         task.train, task.order(config.seed), jax.process_index(), jax.process_count()

@@ -5,6 +5,7 @@ import functools
 import gc
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -19,7 +20,13 @@ from mbn_jax.training.hparams import HParams
 from mbn_jax.training.steps import init_state, train_steps
 from mbn_jax.training.task import Task
 
+PyTree = Any
+
 MAX_SHARE_OF_MEMORY_MAPS = 0.5
+
+QUICKLY = {"xla_backend_optimization_level": 1}
+"""How to compile for a CPU what draws random numbers, once: in a third of the time, and to the same
+bits, as `tests/training/test_program.py` checks."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +45,7 @@ class Program:
     data: Callable[[Split], Examples | None]
     compilations: Counter[str]
     _compiled: dict[Any, Callable] = dataclasses.field(default_factory=dict)
+    _specialized: dict[Any, Callable] = dataclasses.field(default_factory=dict)
 
     def compiled(
         self, function: Callable, *, donate_argnums: tuple[int, ...] = (), **static: Any
@@ -67,16 +75,59 @@ class Program:
             )
         return self._compiled[key]
 
+    def specialized(
+        self,
+        function: Callable,
+        arguments: PyTree,
+        *,
+        donate_argnums: tuple[int, ...] = (),
+        **static: Any,
+    ) -> Callable:
+        """Compiles a device function at once, for arguments of these shapes alone.
+
+        It takes less time to call than what `compiled` returns. Over several hosts it is just that,
+        not compiled yet, because one host's arguments are not all of the program's.
+
+        Args:
+          function: as for `compiled`.
+          arguments: arrays `[devices, ...]`, or `jax.ShapeDtypeStruct` in their place.
+          donate_argnums: as for `compiled`.
+          **static: as for `compiled`.
+        """
+        compiled: Any = self.compiled(function, donate_argnums=donate_argnums, **static)
+        if jax.process_count() > 1:
+            return compiled
+        leaves, structure = jax.tree.flatten(arguments)
+        key = compiled, structure, *((x.shape, x.dtype) for x in leaves)
+        if key not in self._specialized:
+            self._specialized[key] = compiled.lower(*arguments).compile()
+        return self._specialized[key]
+
     def init_state(self, config: ConfigDict) -> TrainState:
         """Returns the state before the first step, on one device."""
-        if init_state not in self._compiled:
-            # On a device of the program, which may not be the first of the process.
-            device = local_devices(self.devices)[0]
-            self._compiled[init_state] = jax.jit(
-                functools.partial(init_state, self.task),
-                out_shardings=jax.sharding.SingleDeviceSharding(device),
-            )
-        return self._compiled[init_state](HParams.from_config(config).as_arrays())
+        compiled = self._init_state[1].result()
+        return compiled(HParams.from_config(config).as_arrays())
+
+    def state_shapes(self) -> TrainState:
+        """Returns the shapes of a state on the devices, and begins to compile `init_state`."""
+        count = len(local_devices(self.devices))
+        shapes = self._init_state[0].out_info
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct((count, *x.shape), x.dtype), shapes)
+
+    @functools.cached_property
+    def _init_state(self) -> tuple[jax.stages.Lowered, Future[jax.stages.Compiled]]:
+        """The program that makes the state, and the same compiled, in a thread of its own."""
+        # On a device of the program, which may not be the first of the process.
+        device = local_devices(self.devices)[0]
+        lowered = jax.jit(
+            functools.partial(init_state, self.task),
+            out_shardings=jax.sharding.SingleDeviceSharding(device),
+            compiler_options=QUICKLY if device.platform == "cpu" else None,
+        ).lower(HParams.from_config(self.task.config).as_arrays())
+        thread = ThreadPoolExecutor(1)
+        compiled = thread.submit(lowered.compile)
+        thread.shutdown(wait=False)
+        return lowered, compiled
 
     def hparams(self, config: ConfigDict) -> HParams:
         """Returns the hyperparameters on the devices, `[devices]`."""

@@ -67,7 +67,7 @@ def find_start(program: Program, config: ConfigDict, workdir: pathlib.Path) -> S
         if config.init_from:
             initial = with_weights_of(config.init_from, initial)
         state = replicate(initial, program.devices)
-    step = int(first_device(state.step))
+    step = int(first_device(jax.device_get(state.step)))  # On the host, without a program.
     with first_host_first():
         if jax.process_index() == 0:  # Other hosts may still see an older file.
             check_records(workdir, step, notes.get("records"))
