@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from mbn_jax.errors import StoppedError, UserError, one_line
 from mbn_jax.parallel.devices import check_alike, first_device, first_host_first
+from mbn_jax.parallel.hosts import lost_host
 from mbn_jax.parallel.preemption import StopAsked
 from mbn_jax.step.state import TrainState
 from mbn_jax.training.checkpoints import Checkpoints
@@ -90,11 +91,7 @@ def train(
         reporter.say(f"resumed from the checkpoint of step {start.step}")
     run = Run(program, config, workdir, reporter, Intervals(program.task, config))
     try:
-        with writing(workdir):
-            checkpoints = Checkpoints(
-                workdir / CHECKPOINTS, keep=config.keep_checkpoints, keep_best=config.keep_best
-            )
-        with contextlib.closing(checkpoints), contextlib.closing(reporter):
+        with _checkpoints_of(run) as checkpoints, contextlib.closing(reporter):
             _train_from(start, run, checkpoints, stop_asked)
     except DivergenceError as error:
         layer = _find_layer(run, error)
@@ -139,12 +136,32 @@ class Run:
     intervals: Intervals
 
 
+@contextlib.contextmanager
+def _checkpoints_of(run: Run) -> Iterator[Checkpoints]:
+    """Opens the checkpoints of a run; at its end, waits for the one that is being saved."""
+    config, lost = run.config, False
+    with writing(run.workdir):
+        checkpoints = Checkpoints(
+            run.workdir / CHECKPOINTS, keep=config.keep_checkpoints, keep_best=config.keep_best
+        )
+    try:
+        yield checkpoints
+    except Exception as error:
+        lost = lost_host(error) is not None
+        raise
+    finally:
+        if not lost:  # The save would wait for that host.
+            with writing(run.workdir):
+                checkpoints.close()
+
+
 def _train_from(
     start: Start, run: Run, checkpoints: Checkpoints, stop_asked: StopAsked | None
 ) -> None:
     """Trains to the end, with records and checkpoints on the way.
 
-    It waits for the devices only where a record is due or the run stops.
+    It waits for the devices only where a record is due or the run stops, and for the disk only
+    where the last save is not done when the next one is due.
     """
     program, config, reporter, due = run.program, run.config, run.reporter, run.intervals
     schedule = program.task.schedule(HParams.from_config(config))
@@ -174,12 +191,18 @@ def _train_from(
             if due.measures_after(step):
                 values |= measure_shift(program, config, state, upcoming)
             reporter.write(step, values)
+            with writing(run.workdir):
+                checkpoints.check()
         if due.saves_after(step) or stops:
             check.params(state, step)
             _save(run, checkpoints, state, unlogged, temporary=not due.saves_after(step))
         if stops:
-            raise StoppedError(f"stopped after step {step}, which is saved")
+            break
         clock, clock_step = time.monotonic(), step
+    with writing(run.workdir):
+        checkpoints.wait()
+    if previous < due.total:
+        raise StoppedError(f"stopped after step {previous}, which is saved")
 
 
 def _find_layer(run: Run, error: DivergenceError) -> str:
@@ -219,7 +242,7 @@ def _save(
     *,
     temporary: bool,
 ) -> None:
-    """Saves a checkpoint, after the records up to it are on disk."""
+    """Starts to save a checkpoint, after the records up to it are on disk."""
     notes = {
         "config": fields(run.config),
         "pending": {name: x.tolist() for name, x in unlogged.items()},
