@@ -45,7 +45,8 @@ def run_process(args: argparse.Namespace) -> None:
     if args.count > 1:
         jax.distributed.initialize(args.address, args.count, args.process)
     size = int(args.millions * 1e6 / ARRAYS)
-    params = {f"layer{i}": jnp.full((size,), i + 1.0) for i in range(ARRAYS)}
+    keys = jax.random.split(jax.random.key(0), ARRAYS)  # Random: no file gets small by zeros.
+    params = {f"layer{i}": jax.random.normal(keys[i], (size,)) for i in range(ARRAYS)}
     variables = {"params": params, "batch_stats": {"norm": {"mean": jnp.ones(64)}}}
     fresh = TrainState.create(variables, optax.sgd(0.1), jax.random.key(0))
     state = replicate(fresh)
