@@ -49,17 +49,26 @@ class Checkpoints:
     keeps its own.
     """
 
-    def __init__(self, folder: pathlib.Path, *, keep: int | None = None, keep_best: bool = False):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        keep: int | None = None,
+        keep_best: bool = False,
+        on_sealed: Callable[[int], None] | None = None,
+    ):
         """Opens `folder`, which is made where it is missing.
 
         Args:
           folder: folder of the checkpoints.
           keep: how many of the newest to keep; None: all.
           keep_best: whether to keep the one of the lowest `notes['test_error']` beside them.
+          on_sealed: called with the step of each sealed checkpoint, by a thread of the first host.
         """
         self._folder = folder.absolute()
         self._keep = keep
         self._keep_best = keep_best
+        self._on_sealed = on_sealed
         options = ocp.CheckpointManagerOptions(create=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "seal")
@@ -122,13 +131,11 @@ class Checkpoints:
             # Not by Orbax, which would delete the oldest before the newest is sealed.
             for other in old:
                 shutil.rmtree(self._folder / str(other))
+            if self._on_sealed:
+                self._on_sealed(step)
 
     def wait(self) -> None:
-        """Returns when all that was saved is on disk and sealed, on every host.
-
-        Raises:
-          OSError: where the disk is full, or cannot be written.
-        """
+        """Returns when all is on disk and sealed, on every host; raises the error of the save."""
         self._join(first_host_first)
 
     def check(self) -> None:

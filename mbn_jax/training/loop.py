@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Callable, Iterator
@@ -11,11 +12,13 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from mbn_jax.command_line import is_bucket
 from mbn_jax.errors import StoppedError, UserError, one_line
 from mbn_jax.parallel.devices import check_alike, first_device, first_host_first
 from mbn_jax.parallel.hosts import lost_host
 from mbn_jax.parallel.preemption import StopAsked
 from mbn_jax.step.state import TrainState
+from mbn_jax.training.buckets import Bucket, local_copy
 from mbn_jax.training.checkpoints import Checkpoints
 from mbn_jax.training.config import fields
 from mbn_jax.training.divergence import DivergenceError, FiniteCheck, find_layer
@@ -26,6 +29,7 @@ from mbn_jax.training.passes import evaluate, recalibrate, train_pass
 from mbn_jax.training.presets import PRESETS, preset_of
 from mbn_jax.training.program import Program, Programs
 from mbn_jax.training.reporting import (
+    METRICS,
     Reporter,
     draw_curves,
     of_split,
@@ -54,7 +58,8 @@ def train(
 
     Args:
       config: run configuration, from `mbn_jax.training.config.default_config` with changes.
-      workdir: folder for config, metrics, events, checkpoints and curves; made where missing.
+      workdir: folder for config, metrics, events, checkpoints and curves, made where missing; or
+        an address in a bucket, 'gs://BUCKET/PATH' or 's3://BUCKET/PATH'.
       programs: the devices to run on, and compiled programs to share with other runs; default: all
         devices, nothing compiled.
       on_record: called with the step and the values of each record, in place of the progress line;
@@ -72,10 +77,25 @@ def train(
       DivergenceError: if training diverges.
       StoppedError: if `stop_asked` says so.
     """
-    workdir = pathlib.Path(workdir)
+    call = functools.partial(_train, config, programs, on_record, stop_asked)
+    if is_bucket(workdir):
+        with local_copy(str(workdir)) as bucket:
+            return call(bucket.folder, bucket)
+    return call(pathlib.Path(workdir), None)
+
+
+def _train(
+    config: ConfigDict,
+    programs: Programs | None,
+    on_record: Callable[[int, dict[str, float]], None] | None,
+    stop_asked: StopAsked | None,
+    workdir: pathlib.Path,
+    bucket: Bucket | None,
+) -> dict[str, float]:
+    """Trains in a folder, or in the local copy of a bucket."""
     program = _open(config, workdir, programs or Programs())
     start = find_start(program, config, workdir)
-    _save_config(config, workdir)
+    _save_config(config, workdir, is_shared=bucket is None)
     with first_host_first():  # If the first host cannot write, all of them end.
         reporter = Reporter(
             workdir,
@@ -89,7 +109,7 @@ def train(
     reporter.say(f"{name}: {norm_title(config)}")
     if start.step:
         reporter.say(f"resumed from the checkpoint of step {start.step}")
-    run = Run(program, config, workdir, reporter, Intervals(program.task, config))
+    run = Run(program, config, workdir, bucket, reporter, Intervals(program.task, config))
     try:
         with _checkpoints_of(run) as checkpoints, contextlib.closing(reporter):
             _train_from(start, run, checkpoints, stop_asked)
@@ -100,6 +120,10 @@ def train(
     with first_host_first(), writing(workdir):
         if jax.process_index() == 0 and on_record is None:
             draw_curves(workdir, run_title(config))
+        if bucket and jax.process_index() == 0:
+            bucket.store()
+        elif bucket:
+            bucket.fetch([METRICS])
     return last_values(workdir)
 
 
@@ -113,10 +137,10 @@ def _open(config: ConfigDict, workdir: pathlib.Path, programs: Programs) -> Prog
     return program
 
 
-def _save_config(config: ConfigDict, workdir: pathlib.Path) -> None:
+def _save_config(config: ConfigDict, workdir: pathlib.Path, *, is_shared: bool) -> None:
     """Writes config.json, on resuming too, where some fields may change; raises UserError."""
     with first_host_first():
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 or not is_shared:
             save_config(config, workdir)
         if not (workdir / CONFIG).exists():
             raise UserError(
@@ -132,6 +156,7 @@ class Run:
     program: Program
     config: ConfigDict
     workdir: pathlib.Path
+    bucket: Bucket | None
     reporter: Reporter
     intervals: Intervals
 
@@ -142,7 +167,10 @@ def _checkpoints_of(run: Run) -> Iterator[Checkpoints]:
     config, lost = run.config, False
     with writing(run.workdir):
         checkpoints = Checkpoints(
-            run.workdir / CHECKPOINTS, keep=config.keep_checkpoints, keep_best=config.keep_best
+            run.workdir / CHECKPOINTS,
+            keep=config.keep_checkpoints,
+            keep_best=config.keep_best,
+            on_sealed=run.bucket.store if run.bucket else None,
         )
     try:
         yield checkpoints
