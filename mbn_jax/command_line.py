@@ -9,6 +9,9 @@ from collections.abc import Sequence
 
 from mbn_jax.errors import UserError
 
+BUCKETS = ("gs://", "s3://")
+"""What the addresses begin with that `mbn-train` and `mbn-eval` take for a workdir."""
+
 
 def command_parser(name: str, description: str, epilog: str | None = None):
     """Returns the parser of a command: full option names only, and examples as they are typed."""
@@ -55,6 +58,20 @@ def parse_with_fields(
             raise UserError(f"unknown argument {text}{hint}")
         after_field = is_field and "=" not in text
     return args, overrides
+
+
+def is_bucket(workdir: str | pathlib.Path) -> bool:
+    """Returns whether this is an address in a bucket.
+
+    >>> is_bucket("gs://bucket/run"), is_bucket("/mnt/bucket/run")
+    (True, False)
+    """
+    return isinstance(workdir, str) and workdir.startswith(BUCKETS)
+
+
+def folder_or_bucket(text: str) -> pathlib.Path | str:
+    """Returns an address in a bucket as it is, and else what `folder` does."""
+    return text if is_bucket(text) else folder(text)
 
 
 def folder(text: str, flag: str = "--workdir") -> pathlib.Path:

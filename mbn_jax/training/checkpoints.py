@@ -2,10 +2,11 @@
 
 Orbax restores an array file with a flipped bit without complaint. So a seal beside the files has
 the SHA-256 of each; a checkpoint that is unfinished or does not match its seal is named aloud and
-skipped.
+skipped. Training waits until a state is copied to the host: a thread writes and seals it.
 """
 
 import asyncio.log
+import concurrent.futures
 import contextlib
 import functools
 import hashlib
@@ -14,7 +15,8 @@ import logging as standard_logging
 import pathlib
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import threading
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -23,17 +25,21 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from mbn_jax.errors import UserError
-from mbn_jax.parallel.devices import Devices, agree, first_device, first_host_first, replicate
+from mbn_jax.parallel.devices import Devices, agree, first_host_first, replicate
 from mbn_jax.step.state import TrainState
 from mbn_jax.training import saved_statistics
 from mbn_jax.training.workdir import replace
 
 PyTree = Any
+Together = Callable[[], contextlib.AbstractContextManager[None]]
 
 SEAL = "checksums.json"
 UNFINISHED = "*.orbax-checkpoint-tmp*"
 OS_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")
 """In TensorStore's ValueErrors that stand for an OSError."""
+
+ONE_STARTS = threading.Lock()
+"""Held to start a save: Orbax numbers those of all threads of a process by one global."""
 
 
 class Checkpoints:
@@ -43,19 +49,30 @@ class Checkpoints:
     keeps its own.
     """
 
-    def __init__(self, folder: pathlib.Path, *, keep: int | None = None, keep_best: bool = False):
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        *,
+        keep: int | None = None,
+        keep_best: bool = False,
+        on_sealed: Callable[[int], None] | None = None,
+    ):
         """Opens `folder`, which is made where it is missing.
 
         Args:
           folder: folder of the checkpoints.
           keep: how many of the newest to keep; None: all.
           keep_best: whether to keep the one of the lowest `notes['test_error']` beside them.
+          on_sealed: called with the step of each sealed checkpoint, by a thread of the first host.
         """
         self._folder = folder.absolute()
         self._keep = keep
         self._keep_best = keep_best
-        options = ocp.CheckpointManagerOptions(enable_async_checkpointing=False, create=True)
+        self._on_sealed = on_sealed
+        options = ocp.CheckpointManagerOptions(create=True)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
+        self._thread = concurrent.futures.ThreadPoolExecutor(1, "seal")
+        self._unfinished: concurrent.futures.Future[None] | None = None
 
     def save(
         self,
@@ -65,7 +82,9 @@ class Checkpoints:
         notes: Mapping[str, Any] | None = None,
         temporary: bool = False,
     ) -> None:
-        """Saves the state of the devices, and returns when it is on disk and sealed.
+        """Starts to save the state of the devices, and returns when it is copied.
+
+        Waits for the save before this one, and raises its error. The arrays may be donated after.
 
         Args:
           state: arrays `[devices, ...]`.
@@ -77,44 +96,75 @@ class Checkpoints:
         Raises:
           OSError: where the disk is full, or cannot be written.
         """
-        host = first_device(state)
+        self.wait()
+        stats = saved_statistics.groups_of(state.batch_stats, local_statistics=local_statistics)
         layout: dict[str, Any] = {
-            "key_impl": str(jax.random.key_impl(host.key)),
+            "key_impl": str(jax.random.key_impl(state.key)),
             "notes": dict(notes or {}),
             "temporary": temporary,
+            "statistics_groups": saved_statistics.num_groups(stats),
         }
-        host = jax.device_get(_with_key_data(host))
-        stats = saved_statistics.groups_of(state.batch_stats, local_statistics=local_statistics)
-        layout["statistics_groups"] = saved_statistics.num_groups(stats)
-        tree = {"state": host.replace(batch_stats={}), "batch_stats": stats}
+        json.dumps(layout)  # An error of this is the caller's.
+        host = _on_host(state.replace(batch_stats={}))
+        tree = {"state": host, "batch_stats": stats}
         args = ocp.args.Composite(
             tree=ocp.args.StandardSave(tree), layout=ocp.args.JsonSave(layout)
         )
         step = int(host.step)
-        with disk_errors():
-            saved = self._manager.save(step, args=args)
+        layouts = self._layouts if self._keep else {}
+        with disk_errors(), ONE_STARTS:
+            saved = self._manager.save(step, args=args)  # Copies the arrays, views as they may be.
         if not saved:
             raise RuntimeError(f"Orbax declined to save step {step} in {self._folder}.")
+        layouts[step] = layout
+        old = self._take_old(self._keep) if self._keep and not temporary else []
+        self._unfinished = self._thread.submit(self._finish, step, old)
+
+    def _finish(self, step: int, old: list[int]) -> None:
+        """Seals a checkpoint when it is written, then deletes old ones; in a thread.
+
+        It talks to no other host: that would mix with what training says to them.
+        """
         self._manager.wait_until_finished()
-        with first_host_first():
-            if jax.process_index() == 0:
-                seal(self._folder / str(step))
-        if self._keep and not temporary:
-            self._delete_old(self._keep)
+        if jax.process_index() == 0:
+            seal(self._folder / str(step))
+            # Not by Orbax, which would delete the oldest before the newest is sealed.
+            for other in old:
+                shutil.rmtree(self._folder / str(other))
+            if self._on_sealed:
+                self._on_sealed(step)
 
-    def _delete_old(self, keep: int) -> None:
-        # Not by Orbax, which would delete the oldest before the newest is sealed.
-        steps = set(self._manager.all_steps())
-        regular = sorted(step for step in steps if not self._layout(step)["temporary"])
-        best = {self._best(steps)} if self._keep_best else set()
-        for step in sorted(steps - set(regular[-keep:]) - best):
-            self._manager.delete(step)
+    def wait(self) -> None:
+        """Returns when all is on disk and sealed, on every host; raises the error of the save."""
+        self._join(first_host_first)
 
-    def _best(self, steps: Iterable[int]) -> int | None:
-        """Returns the newest step of the lowest test error, of those that note one."""
-        errors = {step: self._layout(step)["notes"].get("test_error") for step in steps}
-        known = [(error, -step) for step, error in errors.items() if error is not None]
-        return -min(known)[1] if known else None
+    def check(self) -> None:
+        """Raises the error of a save that failed meanwhile; does not wait."""
+        if self._unfinished and self._unfinished.done() and self._unfinished.exception():
+            self._join()
+
+    def _join(self, together: Together = contextlib.nullcontext) -> None:
+        """Waits for the save that goes on, and raises its error once."""
+        unfinished, self._unfinished = self._unfinished, None
+        if unfinished:
+            with disk_errors():
+                self._manager.wait_until_finished()
+                with together():
+                    unfinished.result()
+
+    def _take_old(self, keep: int) -> list[int]:
+        """Returns the steps not to keep, and forgets them."""
+        regular = sorted(step for step, x in self._layouts.items() if not x["temporary"])
+        best = {_best(self._layouts)} if self._keep_best else set()
+        old = sorted(self._layouts.keys() - set(regular[-keep:]) - best)
+        for step in old:
+            del self._layouts[step]
+        return old
+
+    @functools.cached_property
+    def _layouts(self) -> dict[int, dict[str, Any]]:
+        """What is known of each checkpoint, by step; it is read once."""
+        return {step: self._layout(step) for step in self._manager.all_steps()}
 
     def restore(
         self,
@@ -136,7 +186,9 @@ class Checkpoints:
         Returns:
           Arrays `[devices, ...]`, or None where there is no such checkpoint.
         """
-        step = self._best(self._valid_steps) if best else max(self._valid_steps, default=None)
+        step = max(self._valid_steps, default=None)
+        if best:
+            step = _best({step: self._layout(step) for step in self._valid_steps})
         if step is None:
             return None
         restored, stats = self._read(step, state)
@@ -171,6 +223,7 @@ class Checkpoints:
     @functools.cached_property
     def _valid_steps(self) -> list[int]:
         """Steps that had a valid checkpoint when first asked, as the first host finds them."""
+        self.wait()
         steps = sorted(self._manager.all_steps())
         valid = np.zeros(len(steps), bool)
         if jax.process_index() == 0:
@@ -207,12 +260,29 @@ class Checkpoints:
         return tree["state"].replace(key=key), tree["batch_stats"]
 
     def close(self) -> None:
-        """Releases Orbax's threads."""
-        self._manager.close()
+        """Waits, on this host only, for what is being saved; raises its error; ends the threads."""
+        try:
+            self._join()
+        finally:
+            self._manager.close()
+            self._thread.shutdown()
+
+
+def _best(layouts: Mapping[int, Mapping[str, Any]]) -> int | None:
+    """Returns the newest step of the lowest test error, of those that note one."""
+    errors = {step: layout["notes"].get("test_error") for step, layout in layouts.items()}
+    known = [(error, -step) for step, error in errors.items() if error is not None]
+    return -min(known)[1] if known else None
 
 
 def _with_key_data(state: TrainState) -> TrainState:
     return state.replace(key=jax.random.key_data(state.key))
+
+
+def _on_host(state: TrainState) -> TrainState:
+    """Returns the first device's entry of every array: a copy, or on CPU a view of it."""
+    shards = jax.tree.map(lambda x: x.addressable_data(0), _with_key_data(state))
+    return jax.tree.map(lambda x: x.reshape(x.shape[1:]), jax.device_get(shards))
 
 
 def seal(folder: pathlib.Path) -> None:
@@ -242,7 +312,12 @@ def damage(folder: pathlib.Path) -> str | None:
 
 def _checksums(folder: pathlib.Path) -> dict[str, str]:
     files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != SEAL)
-    return {str(f.relative_to(folder)): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+    return {str(file.relative_to(folder)): _sha256(file) for file in files}
+
+
+def _sha256(file: pathlib.Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

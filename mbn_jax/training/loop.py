@@ -2,19 +2,23 @@
 
 import contextlib
 import dataclasses
+import functools
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
 
+from mbn_jax.command_line import is_bucket
 from mbn_jax.errors import StoppedError, UserError, one_line
 from mbn_jax.parallel.devices import check_alike, first_host_first
+from mbn_jax.parallel.hosts import lost_host
 from mbn_jax.parallel.preemption import StopAsked
 from mbn_jax.step.state import TrainState
+from mbn_jax.training.buckets import Bucket, local_copy
 from mbn_jax.training.checkpoints import Checkpoints
 from mbn_jax.training.config import fields
 from mbn_jax.training.divergence import DivergenceError, FiniteCheck, find_layer
@@ -25,6 +29,7 @@ from mbn_jax.training.passes import compile_start, evaluate, recalibrate, train_
 from mbn_jax.training.presets import PRESETS, preset_of
 from mbn_jax.training.program import Program, Programs
 from mbn_jax.training.reporting import (
+    METRICS,
     Reporter,
     draw_curves,
     of_split,
@@ -53,7 +58,8 @@ def train(
 
     Args:
       config: run configuration, from `mbn_jax.training.config.default_config` with changes.
-      workdir: folder for config, metrics, events, checkpoints and curves; made where missing.
+      workdir: folder for config, metrics, events, checkpoints and curves, made where missing; or
+        an address in a bucket, 'gs://BUCKET/PATH' or 's3://BUCKET/PATH'.
       programs: the devices to run on, and compiled programs to share with other runs; default: all
         devices, nothing compiled.
       on_record: called with the step and the values of each record, in place of the progress line;
@@ -71,12 +77,27 @@ def train(
       DivergenceError: if training diverges.
       StoppedError: if `stop_asked` says so.
     """
-    workdir = pathlib.Path(workdir)
+    call = functools.partial(_train, config, programs, on_record, stop_asked)
+    if is_bucket(workdir):
+        with local_copy(str(workdir)) as bucket:
+            return call(bucket.folder, bucket)
+    return call(pathlib.Path(workdir), None)
+
+
+def _train(
+    config: ConfigDict,
+    programs: Programs | None,
+    on_record: Callable[[int, dict[str, float]], None] | None,
+    stop_asked: StopAsked | None,
+    workdir: pathlib.Path,
+    bucket: Bucket | None,
+) -> dict[str, float]:
+    """Trains in a folder, or in the local copy of a bucket."""
     program = _open(config, workdir, programs or Programs())
     if not config.init_from and not (workdir / CHECKPOINTS).exists():
         compile_start(program, config)
     start = find_start(program, config, workdir)
-    _save_config(config, workdir)
+    _save_config(config, workdir, is_shared=bucket is None)
     with first_host_first():  # If the first host cannot write, all of them end.
         reporter = Reporter(
             workdir,
@@ -90,13 +111,9 @@ def train(
     reporter.say(f"{name}: {norm_title(config)}")
     if start.step:
         reporter.say(f"resumed from the checkpoint of step {start.step}")
-    run = Run(program, config, workdir, reporter, Intervals(program.task, config))
+    run = Run(program, config, workdir, bucket, reporter, Intervals(program.task, config))
     try:
-        with writing(workdir):
-            checkpoints = Checkpoints(
-                workdir / CHECKPOINTS, keep=config.keep_checkpoints, keep_best=config.keep_best
-            )
-        with contextlib.closing(checkpoints), contextlib.closing(reporter):
+        with _checkpoints_of(run) as checkpoints, contextlib.closing(reporter):
             _train_from(start, run, checkpoints, stop_asked)
     except DivergenceError as error:
         layer = _find_layer(run, error)
@@ -105,6 +122,10 @@ def train(
     with first_host_first(), writing(workdir):
         if jax.process_index() == 0 and on_record is None:
             draw_curves(workdir, run_title(config))
+        if bucket and jax.process_index() == 0:
+            bucket.store()
+        elif bucket:
+            bucket.fetch([METRICS])
     return last_values(workdir)
 
 
@@ -118,10 +139,10 @@ def _open(config: ConfigDict, workdir: pathlib.Path, programs: Programs) -> Prog
     return program
 
 
-def _save_config(config: ConfigDict, workdir: pathlib.Path) -> None:
+def _save_config(config: ConfigDict, workdir: pathlib.Path, *, is_shared: bool) -> None:
     """Writes config.json, on resuming too, where some fields may change; raises UserError."""
     with first_host_first():
-        if jax.process_index() == 0:
+        if jax.process_index() == 0 or not is_shared:
             save_config(config, workdir)
         if not (workdir / CONFIG).exists():
             raise UserError(
@@ -137,8 +158,31 @@ class Run:
     program: Program
     config: ConfigDict
     workdir: pathlib.Path
+    bucket: Bucket | None
     reporter: Reporter
     intervals: Intervals
+
+
+@contextlib.contextmanager
+def _checkpoints_of(run: Run) -> Iterator[Checkpoints]:
+    """Opens the checkpoints of a run; at its end, waits for the one that is being saved."""
+    config, lost = run.config, False
+    with writing(run.workdir):
+        checkpoints = Checkpoints(
+            run.workdir / CHECKPOINTS,
+            keep=config.keep_checkpoints,
+            keep_best=config.keep_best,
+            on_sealed=run.bucket.store if run.bucket else None,
+        )
+    try:
+        yield checkpoints
+    except Exception as error:
+        lost = lost_host(error) is not None
+        raise
+    finally:
+        if not lost:  # The save would wait for that host.
+            with writing(run.workdir):
+                checkpoints.close()
 
 
 def _train_from(
@@ -146,7 +190,8 @@ def _train_from(
 ) -> None:
     """Trains to the end, with records and checkpoints on the way.
 
-    It waits for the devices only where a record is due or the run stops.
+    It waits for the devices only where a record is due or the run stops, and for the disk only
+    where the last save is not done when the next one is due.
     """
     program, config, reporter, due = run.program, run.config, run.reporter, run.intervals
     schedule = program.task.schedule(HParams.from_config(config))
@@ -176,12 +221,18 @@ def _train_from(
             if due.measures_after(step):
                 values |= measure_shift(program, config, state, upcoming)
             reporter.write(step, values)
+            with writing(run.workdir):
+                checkpoints.check()
         if due.saves_after(step) or stops:
             check.params(state, step)
             _save(run, checkpoints, state, unlogged, temporary=not due.saves_after(step))
         if stops:
-            raise StoppedError(f"stopped after step {step}, which is saved")
+            break
         clock, clock_step = time.monotonic(), step
+    with writing(run.workdir):
+        checkpoints.wait()
+    if previous < due.total:
+        raise StoppedError(f"stopped after step {previous}, which is saved")
 
 
 def _find_layer(run: Run, error: DivergenceError) -> str:
@@ -227,7 +278,7 @@ def _save(
     *,
     temporary: bool,
 ) -> None:
-    """Saves a checkpoint, after the records up to it are on disk."""
+    """Starts to save a checkpoint, after the records up to it are on disk."""
     notes = {
         "config": fields(run.config),
         "pending": {name: x.tolist() for name, x in unlogged.items()},

@@ -16,9 +16,10 @@ from jax.experimental import multihost_utils
 from runs import final_state, records, write_config
 
 from mbn_jax.core.batch_stats import pool_batch_stats
-from mbn_jax.errors import UserError
+from mbn_jax.errors import StoppedError, UserError
 from mbn_jax.parallel.devices import check_alike
 from mbn_jax.parallel.hosts import join_hosts, launched_processes
+from mbn_jax.training.buckets import local_copy
 from mbn_jax.training.config import default_config
 from mbn_jax.training.evaluation import evaluate_run
 from mbn_jax.training.loop import train
@@ -200,6 +201,37 @@ def test_hosts_resume_what_one_process_started_and_share_groups(data_dir, tmp_pa
     means = state.batch_stats["MemorizedBatchNorm_0"]["mean"]
     assert (means[0] == means[1]).all()
     assert (means[1] != means[2]).any()
+
+
+@pytest.mark.slow
+def test_hosts_resume_in_a_bucket(data_dir, tmp_path, bucket):
+    """Each has a copy of its own, which the others do not see."""
+    config = config_of(data_dir)
+    programs = Programs(jax.devices()[:2])
+    train(config, tmp_path / "one", programs=programs)
+    write_config(config, tmp_path / "config.py")
+    address = f"{bucket}/hosts"
+    with pytest.raises(StoppedError):
+        train(config, address, programs=programs, stop_asked=lambda first, last: last == 7)
+    flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
+    arguments = [f"--config={tmp_path / 'config.py'}", f"--workdir={address}"]
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", "mbn_jax.main", *arguments, *host],
+            env=os.environ | {"XLA_FLAGS": flags},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for host, _ in by_flags(2)
+    ]
+    told = [(*process.communicate(timeout=300), process.returncode) for process in started]
+    assert [status for _, _, status in told] == [0, 0], told
+    assert "test error" in told[0][0]
+    with local_copy(address) as found:
+        assert_same_run(records(tmp_path / "one"), records(found.folder))
+        steps = sorted(path.name for path in (found.folder / CHECKPOINTS).iterdir())
+        assert steps == ["12", "6"]
 
 
 def test_where_one_host_cannot_start_none_does(data_dir, tmp_path):

@@ -25,6 +25,7 @@ from mbn_jax.step.state import TrainState
 from mbn_jax.sweeps import storage as store
 from mbn_jax.sweeps.declaration import Member
 from mbn_jax.sweeps.results import read_results, write_results
+from mbn_jax.training import checkpoints as checkpoints_module
 from mbn_jax.training import divergence, loop, steps
 from mbn_jax.training.checkpoints import Checkpoints
 from mbn_jax.training.config import default_config, program_key
@@ -286,14 +287,14 @@ def test_a_checkpoint_that_its_run_deletes_while_it_is_checked_is_skipped(
     three_checkpoints, tmp_path, monkeypatch, caplog
 ):
     shutil.copytree(three_checkpoints, tmp_path / "going_on")
-    read = pathlib.Path.read_bytes
+    read = checkpoints_module._sha256
 
     def deleted_meanwhile(path):
         if "2" in path.parts[-4:]:
             shutil.rmtree(tmp_path / "going_on" / "2", ignore_errors=True)
         return read(path)
 
-    monkeypatch.setattr(pathlib.Path, "read_bytes", deleted_meanwhile)
+    monkeypatch.setattr(checkpoints_module, "_sha256", deleted_meanwhile)
     checkpoints = Checkpoints(tmp_path / "going_on")
     restored = checkpoints.restore(small_state(), local_statistics=False, best=True)
     checkpoints.close()
