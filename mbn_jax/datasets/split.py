@@ -8,7 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
-from mbn_jax.datasets.crops import center_box, random_box, resize
+from mbn_jax.datasets.images import ImageReader
 from mbn_jax.errors import UserError
 
 EXAMPLES_PER_THREAD = 64
@@ -59,29 +59,25 @@ class Split:
       name: TFDS split, for example 'train[:90%]'.
       ranges: the stored examples that it consists of.
       source: examples by index.
-      encoded: the same examples with encoded images, to read labels alone.
       spec: shape and dtype of each array of an example, as `read` returns it.
       num_classes: number of labels; None: the data set does not say.
+      images: decodes 'image', which is an image file in the source; None: it has arrays.
       in_memory: all examples as `read` returns them; None where they stay on disk.
-      resizes: whether `read` gives each 'image' the shape of the spec.
-      random_resized_crop: whether it crops them at random for that.
     """
 
     name: str
     ranges: tuple[StoredRange, ...]
     source: Source
-    encoded: Source
     spec: Mapping[str, ArraySpec]
     num_classes: int | None
+    images: ImageReader | None = None
     in_memory: Examples | None = None
-    resizes: bool = False
-    random_resized_crop: bool = False
 
     def __len__(self) -> int:
         return len(self.source)
 
     def read(self, indices: np.ndarray, crop_keys: Iterable[tuple[int, ...]] = ()) -> Examples:
-        """Reads examples, and crops and resizes their images where the split says so.
+        """Reads examples, their images decoded, cropped and resized as the split says.
 
         Args:
           indices: `[n]`.
@@ -96,22 +92,15 @@ class Split:
         """
         if self.in_memory is not None:
             return {name: array[indices] for name, array in self.in_memory.items()}
-        examples = [self.source[int(i)] for i in indices]
-        if self.resizes:
-            for example, key in itertools.zip_longest(examples, crop_keys):
-                example["image"] = self._resized(example["image"], key)
-        return {
-            name: np.stack([example[name] for example in examples]).astype(dtype, copy=False)
-            for name, (_, dtype) in self.spec.items()
-        }
-
-    def _resized(self, image: np.ndarray, key: tuple[int, ...] | None) -> np.ndarray:
-        box = None
-        if self.random_resized_crop:
-            size = image.shape[:2]
-            box = center_box(size) if key is None else random_box(size, key)
-        height, width, channels = self.spec["image"].shape
-        return resize(image, (height, width, channels), box)
+        count = len(indices)
+        found = {n: np.empty((count, *shape), dtype) for n, (shape, dtype) in self.spec.items()}
+        for row, (index, key) in enumerate(itertools.zip_longest(indices, crop_keys)):
+            example = self.source[int(index)]
+            if self.images is not None:
+                example["image"] = self.images.read(example["image"], int(index), key)
+            for name, array in found.items():
+                array[row] = example[name]
+        return found
 
     def read_in_threads(
         self, indices: np.ndarray, crop_keys: Sequence[tuple[int, ...]] = ()
@@ -124,7 +113,7 @@ class Split:
             (indices[i : i + EXAMPLES_PER_THREAD], crop_keys[i : i + EXAMPLES_PER_THREAD])
             for i in starts
         ]
-        with ThreadPoolExecutor() as pool:  # Decoding a PNG releases the interpreter lock.
+        with ThreadPoolExecutor() as pool:  # Decoders release the interpreter lock.
             parts = list(pool.map(self.read, *zip(*chunks, strict=True)))
         return {name: np.concatenate([part[name] for part in parts]) for name in self.spec}
 
@@ -142,7 +131,7 @@ class Split:
             )
         if self.in_memory is not None:
             return self.in_memory["label"]
-        labels = [self.encoded[i]["label"] for i in range(len(self.encoded))]
+        labels = [self.source[i]["label"] for i in range(len(self))]
         return np.array(labels, np.int32)
 
     def zeros(self, size: int) -> Examples:
@@ -165,6 +154,7 @@ class Split:
 def in_memory_if_small(split: Split, max_bytes: int) -> Split:
     """Returns a split with its examples in memory, unless they have more bytes."""
     size = sum(np.prod(s.shape, dtype=int) * s.dtype.itemsize for s in split.spec.values())
-    if split.random_resized_crop or len(split) * size > max_bytes:
+    crops = split.images is not None and split.images.random_resized_crop
+    if crops or len(split) * size > max_bytes:
         return split
     return dataclasses.replace(split, in_memory=split.read_in_threads(np.arange(len(split))))

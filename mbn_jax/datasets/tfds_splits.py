@@ -2,7 +2,6 @@
 
 import dataclasses
 import difflib
-import functools
 import importlib
 import logging
 import os
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from mbn_jax.command_line import expand_home
+from mbn_jax.datasets.images import ImageReader
 from mbn_jax.datasets.split import ArraySpec, Split, StoredRange, in_memory_if_small
 from mbn_jax.errors import UserError, one_line
 
@@ -44,9 +44,8 @@ def load_split(
     features = builder.info.features
     tfds = importlib.import_module("tensorflow_datasets")
     try:
-        source = builder.as_data_source(split=split)
         undecoded = {image_key: tfds.decode.SkipDecoding()}
-        encoded = builder.as_data_source(split=split, decoders=undecoded)
+        source = builder.as_data_source(split=split, decoders=undecoded)
         len(source)  # TFDS refuses an empty slice.
     except (ValueError, KeyError, AssertionError, NotImplementedError) as error:
         raise UserError(
@@ -54,28 +53,19 @@ def load_split(
             f"{sorted(builder.info.splits)}, and slices of these like 'train[:90%]'."
         ) from error
     num_classes = features[label_key].num_classes
-    checked = functools.partial(
-        _CheckedSource,
-        name=f"split {split!r} of data set {name!r}",
-        image_key=image_key,
-        label_key=label_key,
-        num_classes=num_classes,
-    )
+    described = f"split {split!r} of data set {name!r}"
+    feature = features[image_key]
+    shape = _image_shape(feature.shape, image_size, name)
     loaded = Split(
         name=split,
         ranges=stored_ranges(split, builder.info.splits),
-        source=checked(source, image_shape=features[image_key].shape),
-        encoded=checked(encoded, image_shape=None),
+        source=_CheckedSource(source, described, image_key, label_key, num_classes),
         spec={
-            "image": ArraySpec(
-                _image_shape(features[image_key].shape, image_size, name),
-                np.dtype(features[image_key].np_dtype),
-            ),
+            "image": ArraySpec(shape, np.dtype(feature.np_dtype)),
             "label": ArraySpec((), np.dtype(np.int32)),
         },
         num_classes=num_classes,
-        resizes=True,
-        random_resized_crop=random_resized_crop,
+        images=ImageReader(feature, shape, random_resized_crop, described),
     )
     return in_memory_if_small(loaded, max_bytes_in_memory)
 
@@ -155,7 +145,7 @@ def stored_ranges(split: str, stored: Mapping[str, Any]) -> tuple[StoredRange, .
 
 @dataclasses.dataclass(frozen=True)
 class _CheckedSource:
-    """A TFDS source whose examples have 'image' and 'label', and are checked as they are read.
+    """A TFDS source whose examples have 'image', encoded, and 'label', checked as it is read.
 
     Checking them all in advance would be a pass over the whole disk for a large data set.
     """
@@ -165,12 +155,11 @@ class _CheckedSource:
     image_key: str
     label_key: str
     num_classes: int
-    image_shape: tuple[int | None, ...] | None  # None: images stay encoded.
 
     def __len__(self) -> int:
         return len(self.source)
 
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+    def __getitem__(self, index: int) -> dict[str, Any]:
         example = self._read(index)
         image, label = example[self.image_key], example[self.label_key]
         if not 0 <= label < self.num_classes:
@@ -178,34 +167,16 @@ class _CheckedSource:
                 f"Example {index} of {self.name} has label {label}, expected 0 to "
                 f"{self.num_classes - 1}; use a split whose examples are all labelled."
             )
-        if self.image_shape is not None:
-            self._check_image(index, image)
         return {"image": image, "label": label}
 
     def _read(self, index: int) -> dict:
         try:
             return self.source[index]
-        except Exception as error:  # Decoders fail in many ways on damaged bytes.
+        except Exception as error:  # Readers fail in many ways on damaged bytes.
             raise UserError(
                 f"Example {index} of {self.name} cannot be read ({one_line(error)}); its record "
                 "files are damaged or not all there: prepare the data set anew."
             ) from error
-
-    def _check_image(self, index: int, image: np.ndarray) -> None:
-        shape = self.image_shape or ()
-        if len(image.shape) != len(shape) or any(
-            expected not in (None, found)
-            for expected, found in zip(shape, image.shape, strict=True)
-        ):
-            raise UserError(
-                f"Example {index} of {self.name} has an image of shape {image.shape}, expected "
-                f"{shape} as the data set declares; prepare it anew with images that are alike."
-            )
-        if image.dtype == np.float32 and not np.isfinite(image).all():
-            raise UserError(
-                f"Example {index} of {self.name} has pixels that are NaN or infinite, expected "
-                "finite ones; prepare the data set anew without them."
-            )
 
 
 def _prepared_builder(
@@ -255,4 +226,4 @@ def _prepared_builder(
 def _is_worth_reading(record: logging.LogRecord) -> bool:
     """Returns whether a message is not about something that this package does on purpose."""
     message = record.getMessage()
-    return "OpenCV is not installed" not in message and "no dataset_info.json" not in message
+    return "no dataset_info.json" not in message

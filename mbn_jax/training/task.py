@@ -229,7 +229,7 @@ def _check_images(config: ConfigDict, train: Split) -> None:
             "dataset.crop_padding and flip move 'image' alone, and suit data sets of 'image' and a "
             f"number 'label'; {options.name!r} has {sorted(spec)}. Augment in the data source."
         )
-    if (options.image_size or options.random_resized_crop) and not train.resizes:
+    if (options.image_size or options.random_resized_crop) and train.images is None:
         raise UserError(
             f"dataset.image_size and random_resized_crop are for TFDS data sets, and "
             f"{options.name!r} is a function; resize in the data source."
