@@ -16,6 +16,7 @@ from absl import flags
 
 from mbn_jax.datasets.order import BatchOrder
 from mbn_jax.datasets.split import Examples, Split
+from mbn_jax.datasets.workers import begin_worker
 
 STATISTICS_EXAMPLES = 10_000
 
@@ -79,16 +80,22 @@ def training_batches(
         return
     # Reads few batches ahead, because they may be large.
     threads = 1 if num_workers else os.cpu_count() or 1
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
-    batches = grain.MapDataset.range(first_step, num_steps).map(host.read).to_iter_dataset(options)
+    reads = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    batches = grain.MapDataset.range(first_step, num_steps).map(host.read).to_iter_dataset(reads)
     if num_workers:
         if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which the program may not use.
             flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+        options = grain.MultiprocessingOptions(num_workers=num_workers)
+        batches = batches.mp_prefetch(options, worker_init_fn=begin_worker)
     with contextlib.closing(iter(batches)) as decoded:
         for step in starts:
-            stack = [next(decoded) for _ in range(min(steps_per_stack, num_steps - step))]
-            yield {name: np.stack([batch[name] for batch in stack]) for name in stack[0]}
+            yield _stacked(decoded, min(steps_per_stack, num_steps - step))
+
+
+def _stacked(batches: Iterator[Examples], count: int) -> Examples:
+    """Returns the next batches as arrays of their own: those of workers are in shared memory."""
+    stack = [next(batches) for _ in range(count)]
+    return {name: np.stack([batch[name] for batch in stack]) for name in stack[0]}
 
 
 def evaluation_batches(

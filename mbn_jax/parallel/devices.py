@@ -119,10 +119,13 @@ def agree(values: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def first_host_first() -> Iterator[None]:
+def first_host_first(*, together: bool = False) -> Iterator[None]:
     """Lets the first host through a block before the others, for what one writes for all.
 
     Where the block fails on one host, no host continues: it would wait for that one for ever.
+
+    Args:
+      together: let all hosts through at the same time.
 
     Raises:
       UserError: where the block failed on another host.
@@ -131,14 +134,14 @@ def first_host_first() -> Iterator[None]:
         yield
         return
     first = jax.process_index() == 0
-    if not first:
+    if not (first or together):
         multihost_utils.sync_global_devices("first_host_first")
     failed = True
     try:
         yield
         failed = False
     finally:
-        if first:
+        if first and not together:
             multihost_utils.sync_global_devices("first_host_first")
         failures = np.flatnonzero(multihost_utils.process_allgather(np.array(failed)))
     if len(failures):

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from mbn_jax.command_line import add_config_fields, command_parser, folder, parse_with_fields
 from mbn_jax.errors import ExitStatus, UserError
+from mbn_jax.training.startup import Startup
 
 CONFIG = "configs/digits.py"
 EXAMPLE = f"mbn-train --config={CONFIG} --workdir=runs/digits"
@@ -36,6 +37,8 @@ def train_command(argv: Sequence[str]) -> int:
         )
     workdir = folder(args.workdir)
 
+    startup = Startup()
+
     from mbn_jax.training.config_files import parse_config
 
     config = parse_config(args.config, overrides)
@@ -45,6 +48,8 @@ def train_command(argv: Sequence[str]) -> int:
     from mbn_jax.parallel.devices import check_devices, keep_compiled_programs
     from mbn_jax.parallel.hosts import join_hosts
 
+    startup.watch_compilations()
+    startup.ends("imports")
     keep_compiled_programs()
     join_hosts(
         args.distributed,
@@ -54,6 +59,7 @@ def train_command(argv: Sequence[str]) -> int:
         args.heartbeat_timeout,
     )
     check_devices()
+    startup.ends("hosts and devices")
 
     from mbn_jax.parallel.preemption import stop_on_sigterm
     from mbn_jax.training.divergence import DivergenceError
@@ -61,7 +67,7 @@ def train_command(argv: Sequence[str]) -> int:
 
     try:
         with _only_writer(workdir), stop_on_sigterm() as stop_asked:
-            values = train(config, workdir, stop_asked=stop_asked)
+            values = train(config, workdir, stop_asked=stop_asked, startup=startup)
     except DivergenceError as error:
         print(f"mbn-train: {error}", file=sys.stderr)
         return ExitStatus.DIVERGED

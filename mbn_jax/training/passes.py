@@ -137,11 +137,14 @@ def evaluate(
     data = program.data(split)
     # Every batch adds to the totals of the one before, so that batches do not pile up.
     zeros = {name: tuple(np.zeros((), d) for d in pair) for name, pair in task.metrics.items()}
-    totals: EvalTotals = replicate(zeros, program.devices)
+    totals: tuple[jax.Array, EvalTotals] = replicate((np.int32(0), zeros), program.devices)
     for batch in _eval_batches(program, split, config.eval_batch_size):
         totals = step(totals, hparams, state.params, batch_stats, data, batch)
     values = {"loss": math.nan}  # First, in what people read.
-    for name, pair in first_device(jax.device_get(totals)).items():
+    counted, sums = first_device(jax.device_get(totals))
+    if counted != len(split):  # Whatever lost them: a number over other examples is no result.
+        raise RuntimeError(f"Evaluated {counted} of the {len(split)} examples of {split.name!r}.")
+    for name, pair in sums.items():
         numerator, denominator = map(float, pair)
         values[name] = numerator / denominator if denominator else math.nan
     return values
