@@ -25,7 +25,15 @@ Devices = Sequence[jax.Device] | None
 
 
 def keep_compiled_programs() -> None:
-    """Lets JAX keep what it compiles for the next process, where it is not told otherwise."""
+    """Lets JAX keep what it compiles for the next process, where it is not told otherwise.
+
+    Call it after the hosts have joined. On the CPUs of several hosts nothing is kept, whatever JAX
+    is told: only the first host would keep its programs, and on the next start be ahead of the
+    others, which compile, for longer than the 30 s that their collectives wait for each other.
+    """
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
     if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
     home = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")

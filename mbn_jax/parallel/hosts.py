@@ -114,7 +114,7 @@ def join_hosts(
             "order of the hosts; leave some out (CUDA_VISIBLE_DEVICES=0, for example)."
         )
     print(
-        f"joined: host {jax.process_index()} of 0 to {jax.process_count() - 1}, with "
+        f"joined as host {jax.process_index()} of {jax.process_count()}, numbered from 0, with "
         f"{jax.local_device_count()} of {jax.device_count()} devices",
         file=sys.stderr,
         flush=True,

@@ -50,7 +50,6 @@ def train_command(argv: Sequence[str]) -> int:
 
     startup.watch_compilations()
     startup.ends("imports")
-    keep_compiled_programs()
     join_hosts(
         args.distributed,
         args.coordinator_address,
@@ -59,6 +58,7 @@ def train_command(argv: Sequence[str]) -> int:
         args.heartbeat_timeout,
     )
     check_devices()
+    keep_compiled_programs()
     startup.ends("hosts and devices")
 
     from mbn_jax.parallel.preemption import stop_on_sigterm
@@ -194,8 +194,8 @@ def eval_command(argv: Sequence[str]) -> int:
     from mbn_jax.training.evaluation import evaluate_run
     from mbn_jax.training.reporting import to_json
 
-    keep_compiled_programs()
     check_devices()
+    keep_compiled_programs()
     values = evaluate_run(
         workdir, args.split, recalibrate_batches=args.recalibrate_batches, best=args.best
     )

@@ -4,7 +4,7 @@ Every function takes a program and a run configuration; arrays are `[devices, ..
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -89,11 +89,12 @@ def train_pass(
         if step == stack_end and step < total_steps:
             stack, stack_end = next(stacks)
         yield Dispatch(step, state, metrics, stack if step < total_steps else None)
+    stacks.close()  # Ends the processes that decode before this one ends.
 
 
 def batch_stacks(
     program: Program, config: ConfigDict, first_step: int
-) -> Iterator[tuple[BatchStack, int]]:
+) -> Generator[tuple[BatchStack, int]]:
     """Yields the training batches from a step's dispatch on, and the step after each stack."""
     task, stride = program.task, config.steps_per_dispatch
     in_memory = task.train.in_memory is not None

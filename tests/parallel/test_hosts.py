@@ -17,7 +17,7 @@ from runs import final_state, records, write_config
 
 from mbn_jax.core.batch_stats import pool_batch_stats
 from mbn_jax.errors import UserError
-from mbn_jax.parallel.devices import check_alike, first_host_first
+from mbn_jax.parallel.devices import check_alike, first_host_first, keep_compiled_programs
 from mbn_jax.parallel.hosts import join_hosts, launched_processes
 from mbn_jax.training.config import default_config
 from mbn_jax.training.evaluation import evaluate_run
@@ -246,6 +246,17 @@ def test_hosts_go_one_after_the_other_or_together_and_fail_as_one(monkeypatch, h
         events.append("opens")
     first, second = ["opens", "waits"], ["waits", "opens"]
     assert events == (["opens"] if together else second if host else first)
+
+
+def test_several_hosts_of_cpus_keep_no_compiled_programs(monkeypatch):
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", True)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    try:
+        keep_compiled_programs()
+        assert not jax.config.jax_enable_compilation_cache
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
 
 
 SHELL = {
