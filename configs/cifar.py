@@ -6,13 +6,15 @@ The argument after the colon is one of:
 
 * `resnet20,cifar10`, `resnet56,cifar100`: the recipe of He et al. (2016, arXiv 1512.03385), section
   4.2: SGD, batch 128, momentum 0.9, 64,000 steps, rate 0.1 divided by 10 twice. ResNet-20 takes
-  about a day on 2 CPU cores; it was run here for 4 epochs only (docs/results/real_size.md). ResNet-56 was not run.
+  about a day on 2 CPU cores; it was run here for a few epochs only (docs/results/real_size.md).
+  ResNet-56 was not run.
 * `vgg16,cifar10`: the convolutions of Simonyan and Zisserman (arXiv 1409.1556), a norm after each
   and one classifier layer, as is usual for CIFAR; rate decayed to 0. Not run here.
 * `resnet8`: ResNet-8 on 10,000 images at 16x16, batch 8. About 3 minutes on 2 CPU cores. Results:
   docs/results/batch_size.md.
 * `short`: ResNet-8 on 3,000 images at 16x16, 4 epochs, far from converged; measures the error of
-  the statistics five times. About 15 s on one CPU core. Results: docs/results/transport_statistics.md.
+  the statistics five times. About 15 s on one CPU core. Results:
+  docs/results/transport_statistics.md.
 * `small_batch`: a small convnet on 5,000 images at 16x16, batch 4. About a minute on 2 CPU cores.
   Results: docs/results/batch_size.md.
 

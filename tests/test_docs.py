@@ -1,17 +1,24 @@
 """The docs: their code runs, their commands parse, and what they name and link exists."""
 
+import contextlib
 import pathlib
 import re
 import shlex
 import subprocess
 
+import jax
+import jax.numpy as jnp
+import optax
 import pandas as pd
 import pytest
 
+from mbn_jax import MemorizedBatchNorm, TrainState
 from mbn_jax.errors import UserError
+from mbn_jax.parallel.devices import replicate
 from mbn_jax.sweeps.arguments import report_command
 from mbn_jax.sweeps.command import load_sweep
 from mbn_jax.training.arguments import eval_command
+from mbn_jax.training.checkpoints import Checkpoints
 from mbn_jax.training.checks import validate
 from mbn_jax.training.config_files import is_in_kwargs, parse_config
 
@@ -35,6 +42,16 @@ def blocks_of(language):
 BLOCKS, CELLS, SHELL = map(blocks_of, ("python", r"\{code-cell\} python", "bash"))
 
 
+def write_checkpoint(folder):
+    """Writes the checkpoint of a network whose devices keep their own statistics."""
+    layer = MemorizedBatchNorm(use_running_average=False, memory_size=2)
+    variables = layer.init(jax.random.key(0), jnp.zeros((4, 3)))
+    state = TrainState.create(variables, optax.sgd(0.1), jax.random.key(0))
+    folder.parent.mkdir(parents=True)
+    with contextlib.closing(Checkpoints(folder)) as checkpoints:
+        checkpoints.save(replicate(state), local_statistics=True)
+
+
 @pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
 def test_python_in_the_docs_runs(block, monkeypatch, tmp_path):
     results = tmp_path / "runs" / "memory_size" / "results.parquet"  # What one block reads.
@@ -42,8 +59,12 @@ def test_python_in_the_docs_runs(block, monkeypatch, tmp_path):
     columns = {"norm.memory_size": [1, 4], "last": [True, True], "test_error": [0.5, 0.1]}
     pd.DataFrame(columns).to_parquet(results)
     monkeypatch.chdir(tmp_path)
+    if "runs/imagenet/checkpoints" in block:  # What another reads.
+        write_checkpoint(tmp_path / "runs" / "imagenet" / "checkpoints")
     names = {}
     exec(compile(block, "docs", "exec"), names)
+    if "folded" in names and "params" in names:
+        assert names["folded"]["batch_stats"]["mean"].shape == (3,)
     if "get_sweep" in names:
         monkeypatch.chdir(ROOT)
         assert names["get_sweep"]().members()

@@ -14,6 +14,7 @@ import numpy as np
 
 from mbn_jax.datasets.order import BatchOrder
 from mbn_jax.datasets.split import Examples, Split
+from mbn_jax.datasets.workers import begin_worker
 
 STATISTICS_EXAMPLES = 10_000
 
@@ -91,20 +92,26 @@ def training_batches(
     from absl import flags
 
     threads = 1 if num_workers else os.cpu_count() or 1
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    reads = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     chunks = host.chunks_per_step
     numbers = grain.MapDataset.range(first_step * chunks, num_steps * chunks)
-    batches = numbers.map(host.read_chunk).to_iter_dataset(options)
+    batches = numbers.map(host.read_chunk).to_iter_dataset(reads)
     if num_workers:
         if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which the program may not use.
             flags.FLAGS.mark_as_parsed()
-        batches = batches.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers))
+        options = grain.MultiprocessingOptions(num_workers=num_workers)
+        batches = batches.mp_prefetch(options, worker_init_fn=begin_worker)
     with contextlib.closing(iter(batches)) as decoded:
         for step in starts:
             steps = min(steps_per_stack, num_steps - step)
-            stack = [next(decoded) for _ in range(steps * chunks)]
-            joined = {name: np.concatenate([chunk[name] for chunk in stack]) for name in stack[0]}
-            yield {name: x.reshape(steps, -1, *x.shape[1:]) for name, x in joined.items()}
+            yield _stacked(decoded, steps, steps * chunks)
+
+
+def _stacked(chunks: Iterator[Examples], steps: int, count: int) -> Examples:
+    """Returns the next chunks as arrays of their own: those of workers are in shared memory."""
+    stack = [next(chunks) for _ in range(count)]
+    joined = {name: np.concatenate([chunk[name] for chunk in stack]) for name in stack[0]}
+    return {name: x.reshape(steps, -1, *x.shape[1:]) for name, x in joined.items()}
 
 
 def evaluation_batches(

@@ -36,8 +36,7 @@ def open_split(
     Raises:
       UserError: for what `load_split` and `load_own_split` refuse.
     """
-    is_tfds_name = name not in DATASETS and not is_import_path(name)
-    found = None if is_tfds_name else named(name, DATASETS, "dataset.name")
+    found = named(name, DATASETS, "dataset.name") if is_made_on_first_use(name) else None
     if found is None or _is_builder_class(found):
         return load_split(
             name,
@@ -52,6 +51,11 @@ def open_split(
     return load_own_split(
         name, found, split, dict(kwargs), data_dir, max_bytes_in_memory=max_bytes_in_memory
     )
+
+
+def is_made_on_first_use(name: str) -> bool:
+    """Returns whether opening a data set may write it; those of TFDS must be prepared before."""
+    return name in DATASETS or is_import_path(name)
 
 
 def _is_builder_class(found: Any) -> bool:

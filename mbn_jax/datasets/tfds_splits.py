@@ -182,7 +182,6 @@ class _CheckedSource:
 def _prepared_builder(
     name: str, builder_class: type | None, kwargs: Mapping[str, Any], data_dir: str | None
 ) -> Any:
-    logging.getLogger("absl").addFilter(_is_worth_reading)
     tfds = importlib.import_module("tensorflow_datasets")
     build = f"`tfds build {name} --file_format=array_record"
     build += f" --data_dir={data_dir}`" if data_dir else "`"
@@ -227,3 +226,6 @@ def _is_worth_reading(record: logging.LogRecord) -> bool:
     """Returns whether a message is not about something that this package does on purpose."""
     message = record.getMessage()
     return "no dataset_info.json" not in message
+
+
+logging.getLogger("absl").addFilter(_is_worth_reading)  # In every process that decodes, too.

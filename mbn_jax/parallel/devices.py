@@ -25,7 +25,15 @@ Devices = Sequence[jax.Device] | None
 
 
 def keep_compiled_programs() -> None:
-    """Lets JAX keep what it compiles for the next process, where it is not told otherwise."""
+    """Lets JAX keep what it compiles for the next process, where it is not told otherwise.
+
+    Call it after the hosts have joined. On the CPUs of several hosts nothing is kept, whatever JAX
+    is told: only the first host would keep its programs, and on the next start be ahead of the
+    others, which compile, for longer than the 30 s that their collectives wait for each other.
+    """
+    if jax.process_count() > 1 and jax.default_backend() == "cpu":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return
     if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
     home = os.path.expanduser(os.environ.get("XDG_CACHE_HOME") or "~/.cache")
@@ -119,10 +127,13 @@ def agree(values: np.ndarray) -> np.ndarray:
 
 
 @contextlib.contextmanager
-def first_host_first() -> Iterator[None]:
+def first_host_first(*, together: bool = False) -> Iterator[None]:
     """Lets the first host through a block before the others, for what one writes for all.
 
     Where the block fails on one host, no host continues: it would wait for that one for ever.
+
+    Args:
+      together: let all hosts through at the same time.
 
     Raises:
       UserError: where the block failed on another host.
@@ -131,14 +142,14 @@ def first_host_first() -> Iterator[None]:
         yield
         return
     first = jax.process_index() == 0
-    if not first:
+    if not (first or together):
         multihost_utils.sync_global_devices("first_host_first")
     failed = True
     try:
         yield
         failed = False
     finally:
-        if first:
+        if first and not together:
             multihost_utils.sync_global_devices("first_host_first")
         failures = np.flatnonzero(multihost_utils.process_allgather(np.array(failed)))
     if len(failures):

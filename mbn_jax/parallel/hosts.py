@@ -113,6 +113,12 @@ def join_hosts(
             f"All hosts need as many devices, got {[devices[i] for i in sorted(devices)]}, in the "
             "order of the hosts; leave some out (CUDA_VISIBLE_DEVICES=0, for example)."
         )
+    print(
+        f"joined as host {jax.process_index()} of {jax.process_count()}, numbered from 0, with "
+        f"{jax.local_device_count()} of {jax.device_count()} devices",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def is_first_host() -> bool:

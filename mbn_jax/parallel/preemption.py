@@ -1,6 +1,7 @@
 """Stopping a run from outside, at a step that all hosts agree on."""
 
 import contextlib
+import logging
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -38,3 +39,9 @@ def _reached_by_all_hosts(first: int, last: int) -> bool:
     # every one is asked about, and by its number, as Orbax does too whenever it saves.
     reached = [reached_preemption_sync_point(step) for step in range(first, last + 1)]
     return any(reached)
+
+
+# Orbax asks too when it saves, and says so several times on every host; the run says it once.
+logging.getLogger("absl").addFilter(
+    lambda record: "Reached preemption sync point" not in record.getMessage()
+)

@@ -39,8 +39,8 @@ Optuna study), results.csv, results.parquet, and what mbn-report writes.""",
     from mbn_jax.parallel.devices import check_devices, keep_compiled_programs
     from mbn_jax.sweeps.command import dry_run, open_sweep, run_sweep
 
-    keep_compiled_programs()
     check_devices()
+    keep_compiled_programs()
     if args.dry_run:
         print(dry_run(args.experiment, overrides, args.seeds, workdir))
         return ExitStatus.DONE

@@ -13,6 +13,7 @@ from mbn_jax.command_line import (
     parse_with_fields,
 )
 from mbn_jax.errors import ExitStatus, UserError
+from mbn_jax.training.startup import Startup
 
 CONFIG = "configs/digits.py"
 EXAMPLE = f"mbn-train --config={CONFIG} --workdir=runs/digits"
@@ -41,6 +42,8 @@ def train_command(argv: Sequence[str]) -> int:
         )
     workdir = folder_or_bucket(args.workdir)
 
+    startup = Startup()
+
     from mbn_jax.training.config_files import parse_config
 
     config = parse_config(args.config, overrides)
@@ -50,7 +53,8 @@ def train_command(argv: Sequence[str]) -> int:
     from mbn_jax.parallel.devices import check_devices, keep_compiled_programs
     from mbn_jax.parallel.hosts import join_hosts
 
-    keep_compiled_programs()
+    startup.watch_compilations()
+    startup.ends("imports")
     join_hosts(
         args.distributed,
         args.coordinator_address,
@@ -59,6 +63,8 @@ def train_command(argv: Sequence[str]) -> int:
         args.heartbeat_timeout,
     )
     check_devices()
+    keep_compiled_programs()
+    startup.ends("hosts and devices")
 
     from mbn_jax.parallel.preemption import stop_on_sigterm
     from mbn_jax.training.divergence import DivergenceError
@@ -66,7 +72,7 @@ def train_command(argv: Sequence[str]) -> int:
 
     try:
         with _only_writer(workdir), stop_on_sigterm() as stop_asked:
-            values = train(config, workdir, stop_asked=stop_asked)
+            values = train(config, workdir, stop_asked=stop_asked, startup=startup)
     except DivergenceError as error:
         print(f"mbn-train: {error}", file=sys.stderr)
         return ExitStatus.DIVERGED
@@ -203,8 +209,8 @@ def eval_command(argv: Sequence[str]) -> int:
     from mbn_jax.training.evaluation import evaluate_run
     from mbn_jax.training.reporting import to_json
 
-    keep_compiled_programs()
     check_devices()
+    keep_compiled_programs()
     with contextlib.ExitStack() as held:
         if isinstance(workdir, str):
             from mbn_jax.training.buckets import local_copy

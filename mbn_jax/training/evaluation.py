@@ -33,7 +33,7 @@ def evaluate_run(
       best: evaluate the valid checkpoint of the lowest test error instead.
 
     Returns:
-      'step', 'split', 'loss', and the further metrics of the loss ('error').
+      'step', 'split', the number of 'examples', and the metrics of the loss ('loss', 'error').
 
     Raises:
       UserError: where there is no run or no valid checkpoint, or its config is another.
@@ -61,7 +61,8 @@ def evaluate_run(
         state = recalibrate(program, config, state, recalibrate_batches)
     evaluated = load_dataset_split(config, split) if split else program.task.test
     values = evaluate(program, config, state, evaluated)
-    return {"step": int(first_device(state.step)), "split": evaluated.name, **values}
+    step = int(first_device(state.step))
+    return {"step": step, "split": evaluated.name, "examples": len(evaluated), **values}
 
 
 def _devices_that_fit(config: ConfigDict) -> Devices:

@@ -13,6 +13,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from mbn_jax.command_line import is_bucket
+from mbn_jax.datasets.find import is_made_on_first_use
 from mbn_jax.errors import StoppedError, UserError, one_line
 from mbn_jax.parallel.devices import check_alike, first_host_first
 from mbn_jax.parallel.hosts import lost_host
@@ -25,6 +26,7 @@ from mbn_jax.training.divergence import DivergenceError, FiniteCheck, find_layer
 from mbn_jax.training.hparams import HParams
 from mbn_jax.training.intervals import Intervals
 from mbn_jax.training.norms import is_endless
+from mbn_jax.training.overview import overview
 from mbn_jax.training.passes import compile_start, evaluate, recalibrate, train_pass
 from mbn_jax.training.presets import PRESETS, preset_of
 from mbn_jax.training.program import Program, Programs
@@ -39,6 +41,7 @@ from mbn_jax.training.reporting import (
 )
 from mbn_jax.training.shift import measure_shift
 from mbn_jax.training.start import Start, find_start
+from mbn_jax.training.startup import Startup
 from mbn_jax.training.workdir import CHECKPOINTS, CONFIG, open_workdir, save_config, writing
 
 LAST_VALUES = ("step", "train_", "test_", "recalibrated_test_")
@@ -53,6 +56,7 @@ def train(
     programs: Programs | None = None,
     on_record: Callable[[int, dict[str, float]], None] | None = None,
     stop_asked: StopAsked | None = None,
+    startup: Startup | None = None,
 ) -> dict[str, float]:
     """Trains, or continues where an earlier call with the same `workdir` stopped.
 
@@ -66,6 +70,7 @@ def train(
         an exception from it ends the run. Such a run draws no curves.
       stop_asked: called after every dispatch; True saves and stops there. Its answers must be the
         same on all hosts.
+      startup: the clock of what the caller did so far; the run tells its times at the first step.
 
     Returns:
       'step', and the last values of 'train_loss', 'test_loss', the same of each further metric of
@@ -77,7 +82,7 @@ def train(
       DivergenceError: if training diverges.
       StoppedError: if `stop_asked` says so.
     """
-    call = functools.partial(_train, config, programs, on_record, stop_asked)
+    call = functools.partial(_train, config, programs, on_record, stop_asked, startup)
     if is_bucket(workdir):
         with local_copy(str(workdir)) as bucket:
             return call(bucket.folder, bucket)
@@ -89,11 +94,14 @@ def _train(
     programs: Programs | None,
     on_record: Callable[[int, dict[str, float]], None] | None,
     stop_asked: StopAsked | None,
+    startup: Startup | None,
     workdir: pathlib.Path,
     bucket: Bucket | None,
 ) -> dict[str, float]:
     """Trains in a folder, or in the local copy of a bucket."""
+    clock = startup or Startup()
     program = _open(config, workdir, programs or Programs())
+    clock.ends("data")
     if not config.init_from and not (workdir / CHECKPOINTS).exists():
         compile_start(program, config)
     start = find_start(program, config, workdir)
@@ -106,14 +114,17 @@ def _train(
             on_record=on_record,
             silent=jax.process_index() > 0,
         )
+    for line in overview(program.task, config):
+        reporter.say(line)
     preset = preset_of(config)
     name = f"preset {preset}" if preset else f"no preset ({' or '.join(PRESETS)})"
     reporter.say(f"{name}: {norm_title(config)}")
     if start.step:
         reporter.say(f"resumed from the checkpoint of step {start.step}")
-    run = Run(program, config, workdir, bucket, reporter, Intervals(program.task, config))
+    run = Run(program, config, workdir, bucket, reporter, Intervals(program.task, config), startup)
     try:
         with _checkpoints_of(run) as checkpoints, contextlib.closing(reporter):
+            clock.ends("state")
             _train_from(start, run, checkpoints, stop_asked)
     except DivergenceError as error:
         layer = _find_layer(run, error)
@@ -131,8 +142,10 @@ def _train(
 
 def _open(config: ConfigDict, workdir: pathlib.Path, programs: Programs) -> Program:
     """Opens folder and data, and checks them; raises UserError."""
-    with first_host_first():  # One host prepares folder and data for all.
+    with first_host_first():
         open_workdir(config, workdir)
+    # One host prepares data for all. What is prepared already all can read at the same time.
+    with first_host_first(together=not is_made_on_first_use(config.dataset.name)):
         program = programs.get(config)
     task = program.task
     check_alike(training_examples=len(task.train), test_examples=len(task.test))
@@ -161,6 +174,7 @@ class Run:
     bucket: Bucket | None
     reporter: Reporter
     intervals: Intervals
+    startup: Startup | None
 
 
 @contextlib.contextmanager
@@ -200,6 +214,10 @@ def _train_from(
     clock, clock_step, previous = time.monotonic(), start.step, start.step
     for step, state, metrics, upcoming in train_pass(program, config, start.state, due.total):
         pending.append(metrics)
+        if run.startup and previous == start.step:
+            jax.block_until_ready(metrics)  # Once, so that the time is that of the step.
+            run.startup.ends("first step")
+            reporter.say(str(run.startup))
         if len(pending) > DISPATCHES_IN_FLIGHT:
             # Waits for an older dispatch: the devices stay busy, and dispatches do not pile up.
             pending[-DISPATCHES_IN_FLIGHT]["loss"].block_until_ready()
@@ -262,7 +280,8 @@ def _evaluate(run: Run, state: TrainState, step: int, check: FiniteCheck) -> dic
     values = {f"test_{k}": v for k, v in evaluate(program, config, state).items()}
     check(values["test_loss"], "test loss", step, after_update=True)
     metrics = "  ".join(f"test {name} {shown(name, x)}" for name, x in of_split("test", values))
-    run.reporter.say(f"step {step}/{run.intervals.total}  {metrics}")
+    count = f"{len(program.task.test):,} examples"
+    run.reporter.say(f"step {step}/{run.intervals.total}  {metrics}  over {count}")
     if step == run.intervals.total and config.recalibrate_batches and state.batch_stats:
         fresh = recalibrate(program, config, state, config.recalibrate_batches)
         found = evaluate(program, config, fresh)

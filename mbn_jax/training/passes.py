@@ -5,7 +5,7 @@ Every function takes a program and a run configuration; arrays are `[devices, ..
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -104,6 +104,7 @@ def train_pass(
         if step == stack_end and step < total_steps:
             stack, stack_end = next(stacks)
         yield Dispatch(step, state, metrics, stack if step < total_steps else None)
+    stacks.close()  # Ends the processes that decode before this one ends.
 
 
 def compile_start(program: Program, config: ConfigDict) -> None:
@@ -138,7 +139,7 @@ def _steps_per_stack(program: Program, config: ConfigDict) -> int:
 
 def batch_stacks(
     program: Program, config: ConfigDict, first_step: int
-) -> Iterator[tuple[BatchStack, int]]:
+) -> Generator[tuple[BatchStack, int]]:
     """Yields the training batches from a step's dispatch on, and the step after each stack."""
     task, stride = program.task, config.steps_per_dispatch
     steps_per_stack = _steps_per_stack(program, config)
@@ -181,11 +182,14 @@ def evaluate(
     data = program.data(split)
     # Every batch adds to the totals of the one before, so that batches do not pile up.
     zeros = {name: tuple(np.zeros((), d) for d in pair) for name, pair in task.metrics.items()}
-    totals: EvalTotals = replicate(zeros, program.devices)
+    totals: tuple[jax.Array, EvalTotals] = replicate((np.int32(0), zeros), program.devices)
     for batch in _eval_batches(program, split, config.eval_batch_size):
         totals = step(totals, hparams, state.params, batch_stats, data, batch)
     values = {"loss": math.nan}  # First, in what people read.
-    for name, pair in first_device(jax.device_get(totals)).items():
+    counted, sums = first_device(jax.device_get(totals))
+    if counted != len(split):  # Whatever lost them: a number over other examples is no result.
+        raise RuntimeError(f"Evaluated {counted} of the {len(split)} examples of {split.name!r}.")
+    for name, pair in sums.items():
         numerator, denominator = map(float, pair)
         values[name] = numerator / denominator if denominator else math.nan
     return values

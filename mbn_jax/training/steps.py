@@ -142,19 +142,19 @@ def _augmented(task: Task, hparams: HParams, batch: Examples, step: jax.Array) -
 
 def eval_step(
     task: Task,
-    totals: EvalTotals,
+    totals: tuple[jax.Array, EvalTotals],
     hparams: HParams,
     params: PyTree,
     batch_stats: PyTree,
     data: Examples | None,
     batch: EvalBatch,
-) -> EvalTotals:
-    """Adds the results of a batch, over all devices, to the totals of earlier batches."""
+) -> tuple[jax.Array, EvalTotals]:
+    """Adds a batch, over all devices, to the number of examples so far and their totals."""
     examples = look_up(data, batch.examples)
     variables = {"params": params, "batch_stats": batch_stats}
     apply = functools.partial(task.model(hparams).apply, variables)
     found = task.loss.eval_metrics(apply, task.prepared(examples))
-    sums = masked_sums(found, batch.mask)
+    sums = jnp.sum(batch.mask, dtype=jnp.int32), masked_sums(found, batch.mask)
     return jax.tree.map(jnp.add, totals, jax.lax.psum(sums, AXIS_NAME))
 
 

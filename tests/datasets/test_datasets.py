@@ -2,6 +2,9 @@
 
 import io
 import itertools
+import signal
+import subprocess
+import sys
 import weakref
 
 import jax
@@ -239,6 +242,35 @@ def test_worker_processes_decode_the_same(pictures):
     for a, b in zip(plain, by_workers, strict=True):
         assert (a["image"] == b["image"]).all()
         assert (a["label"] == b["label"]).all()
+
+
+WORKER = """
+import multiprocessing, os, signal, time
+from mbn_jax.datasets.workers import begin_worker
+
+def work(ready):
+    begin_worker(0, 1)
+    ready.set()
+    time.sleep(600)
+
+fork = multiprocessing.get_context("fork")
+ready = fork.Event()
+worker = fork.Process(target=work, args=(ready,), daemon=True)
+worker.start()
+ready.wait()
+for number in (signal.SIGTERM, signal.SIGINT):
+    os.kill(worker.pid, number)
+worker.join(0.5)
+print(worker.is_alive(), flush=True)
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_worker_outlives_signals_and_not_the_process_it_serves():
+    process = subprocess.Popen([sys.executable, "-c", WORKER], stdout=subprocess.PIPE, text=True)
+    # The worker writes to the same pipe: it is read to its end when both have ended.
+    said, _ = process.communicate(timeout=120)
+    assert (said, process.returncode) == ("True\n", -signal.SIGKILL)
 
 
 def test_evaluation_sees_the_centre(pictures):

@@ -17,7 +17,7 @@ from runs import final_state, records, write_config
 
 from mbn_jax.core.batch_stats import pool_batch_stats
 from mbn_jax.errors import StoppedError, UserError
-from mbn_jax.parallel.devices import check_alike
+from mbn_jax.parallel.devices import check_alike, first_host_first, keep_compiled_programs
 from mbn_jax.parallel.hosts import join_hosts, launched_processes
 from mbn_jax.training.buckets import local_copy
 from mbn_jax.training.config import default_config
@@ -261,6 +261,34 @@ def test_hosts_with_other_data_do_not_start(monkeypatch):
     check_alike(training_examples=320, test_examples=98)
     with pytest.raises(UserError, match=r"differ in test_examples, \[99, 98\] in their order"):
         check_alike(training_examples=320, test_examples=99)
+
+
+@pytest.mark.parametrize("together", [False, True])
+@pytest.mark.parametrize("host", [0, 1])
+def test_hosts_go_one_after_the_other_or_together_and_fail_as_one(monkeypatch, host, together):
+    events = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(jax, "process_index", lambda: host)
+    monkeypatch.setattr(multihost_utils, "sync_global_devices", lambda _: events.append("waits"))
+    monkeypatch.setattr(multihost_utils, "process_allgather", lambda x: np.array([x, True]))
+    with (
+        pytest.raises(UserError, match="Host 1 cannot continue"),
+        first_host_first(together=together),
+    ):
+        events.append("opens")
+    first, second = ["opens", "waits"], ["waits", "opens"]
+    assert events == (["opens"] if together else second if host else first)
+
+
+def test_several_hosts_of_cpus_keep_no_compiled_programs(monkeypatch):
+    before = jax.config.jax_enable_compilation_cache
+    jax.config.update("jax_enable_compilation_cache", True)
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    try:
+        keep_compiled_programs()
+        assert not jax.config.jax_enable_compilation_cache
+    finally:
+        jax.config.update("jax_enable_compilation_cache", before)
 
 
 SHELL = {

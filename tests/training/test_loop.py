@@ -4,6 +4,7 @@ import functools
 import json
 import os
 import pickle
+import re
 import subprocess
 import sys
 
@@ -17,6 +18,7 @@ from runs import assert_same_bits, records, write_config, xla_flags
 from mbn_jax.core.batch_stats import pool_batch_stats
 from mbn_jax.errors import UserError
 from mbn_jax.parallel.devices import replicate
+from mbn_jax.training import passes
 from mbn_jax.training import program as program_module
 from mbn_jax.training import steps as steps_module
 from mbn_jax.training.checkpoints import Checkpoints
@@ -27,6 +29,7 @@ from mbn_jax.training.evaluation import evaluate_run
 from mbn_jax.training.hparams import HParams
 from mbn_jax.training.loop import run_title
 from mbn_jax.training.loop import train as train_anew
+from mbn_jax.training.overview import overview
 from mbn_jax.training.passes import evaluate, input_moments
 from mbn_jax.training.program import Programs
 from mbn_jax.training.steps import BatchStack, build_train_step
@@ -364,6 +367,51 @@ def test_virtual_batches_of_each_device_start_from_the_pool_on_fewer_devices(con
     # All groups pooled, in one step or in two; float32.
     assert ends[0]["error"] == ends[1]["error"]
     assert ends[0]["loss"] == pytest.approx(ends[1]["loss"], rel=1e-5)
+
+
+def test_an_evaluation_that_misses_an_example_is_an_error(config, monkeypatch):
+    def without_the_first(*args, **options):
+        for number, batch in enumerate(batches(*args, **options)):
+            mask = batch.mask & ((np.arange(len(batch.mask)) > 0) | (number > 0))
+            yield batch._replace(mask=mask)
+
+    batches = passes.evaluation_batches
+    program = PROGRAMS.get(config)
+    state = replicate(program.init_state(config))
+    assert evaluate(program, config, state)["error"] <= 1
+    monkeypatch.setattr(passes, "evaluation_batches", without_the_first)
+    with pytest.raises(RuntimeError, match="Evaluated 99 of the 100 examples of 'test"):
+        evaluate(program, config, state)
+
+
+OVERVIEW = {
+    (1, 8, "sync"): ["8 devices (cpu); batch size 64: 8 on each device", "64 .* all devices share"],
+    (4, 8, "local"): [
+        "4 hosts with 2 devices each (cpu); batch size 64: 16 on each host, 8 on each device",
+        "statistics of 8 examples a batch: each of 8 devices keeps its own",
+    ],
+    (4, 8, "group"): [
+        "4 hosts",
+        "16 examples a batch: each of 4 groups of 2 devices keeps its own",
+    ],
+    (1, 1, "sync"): ["1 device (cpu)", "64 examples a batch: one device has them"],
+}
+
+
+@pytest.mark.parametrize(("hosts", "devices", "sync"), OVERVIEW)
+def test_the_overview_says_how_a_batch_is_spread(config, monkeypatch, hosts, devices, sync):
+    config.batch_size = 64
+    config.norm.sync, config.norm.sync_group_size = sync, 2
+    monkeypatch.setattr(jax, "process_count", lambda: hosts)
+    task = Task.build(config, num_devices=devices)
+    where, statistics, data = overview(task, config)
+    expected = OVERVIEW[hosts, devices, sync]
+    assert expected[0] in where
+    assert re.search(expected[1], statistics)
+    assert data.startswith("train on 640 examples of 'train[:640]' (in memory), evaluate on 100 ")
+    assert data.endswith("10 steps an epoch, 10 in all")
+    config.norm.name = "group"  # Of no batch.
+    assert overview(task, config) == [where, data]
 
 
 def test_a_run_is_evaluated_on_the_devices_that_it_fits(config, tmp_path):

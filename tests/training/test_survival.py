@@ -333,6 +333,7 @@ def start(config, workdir, *options, code="", devices=1, **variables):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,  # A group of its own, with its workers.
     )
     STARTED.append(process)
     return process
@@ -472,11 +473,18 @@ def wait_for_records(workdir, process, count):
 
 def test_sigterm_saves_and_ends_with_a_status_of_its_own(small, tmp_path):
     small.num_epochs = 200.0
+    small.dataset.max_bytes_in_memory = 0
+    small.dataset.num_workers = 1
     process = start(small, tmp_path / "run")
     wait_for_records(tmp_path / "run", process, 3)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(
+        process.pid, signal.SIGTERM
+    )  # As schedulers do: the process that decodes gets it too.
     _, told = process.communicate(timeout=300)
     assert process.returncode == 75, told
+    assert re.search(
+        r"first step done after [\d.]+ s: imports [\d.]+, .*, first step [\d.]+;", told
+    )
     (step,) = re.findall(
         r"mbn-train: stopped after step (\d+), which is saved; run the same command to resume", told
     )
