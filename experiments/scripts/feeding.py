@@ -8,8 +8,9 @@ r"""How fast one core feeds a network with JPEGs of ImageNet's size, stage by st
     python experiments/scripts/feeding.py memory --data_dir=/tmp/photographs --images=100000
 
 `decoders` and `stages` count processor time, not time on the clock, so that other work on the
-machine does not count; all rows take turns, and the median over the rounds is printed. `stages`
-ends with the cores that a host needs, for the batch and the time of a step that it is given.
+machine counts only by what it takes of caches and memory; all rows take turns, and the median over
+the rounds is printed. `stages` ends with the cores that a host needs, at a few rates and for the
+batch and the time of a step that it is given.
 `workers` compares threads with processes by the clock, on all cores. `memory` reads so many images
 and prints the resident memory on the way. The files are in the page cache: the time of a disk is
 not in these numbers. Result: docs/results/feeding.md.
@@ -198,11 +199,14 @@ def measure_stages(split: Split, args: argparse.Namespace) -> None:
 
 def print_cores(seconds_an_image: float, args: argparse.Namespace) -> None:
     """Prints how many cores keep a host fed."""
-    needed = 1e3 * args.batch_per_host / args.step_ms
-    print(
-        f"\nA host that takes {args.batch_per_host} images every {args.step_ms:g} ms needs "
-        f"{needed:,.0f} images/s: {needed * seconds_an_image:.1f} cores."
-    )
+    own = 1e3 * args.batch_per_host / args.step_ms
+    named = f"{args.batch_per_host} images every {args.step_ms:g} ms: {own:,.0f} images/s"
+    needs = {f"{need:,} images/s": need for need in (1000, 2000, 5000, 10_000, 20_000)} | {
+        named: own
+    }
+    print("\n| a host that takes | cores |\n| --- | --- |")
+    for name, need in needs.items():
+        print(f"| {name} | {need * seconds_an_image:.1f} |")
 
 
 def host_batches(split: Split, batch: int) -> HostBatches:

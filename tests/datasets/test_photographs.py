@@ -24,6 +24,7 @@ from mbn_jax.training.program import Programs
 ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "experiments" / "scripts"))
 
+import feeding  # noqa: E402
 import photographs  # noqa: E402
 
 SHAPE = (224, 224, 3)
@@ -238,3 +239,19 @@ def test_a_step_of_the_config_for_imagenet_on_jpegs(folder, tmp_path):
     assert step == 1
     assert 5 < values["train_loss"] < 10  # ln 1000 is 6.9.
     assert 0 <= values["test_error"] <= 1
+
+
+def test_feeding_is_measured(folder, monkeypatch, capsys):
+    options = ["--images=16", "--batch=8", "--rounds=1", "--batch_per_host=300", "--step_ms=100"]
+    rows = {}
+    for what in ("decoders", "stages"):
+        monkeypatch.setattr(sys, "argv", ["feeding.py", what, f"--data_dir={folder}", *options])
+        feeding.main()
+        cells = [line.split(" | ") for line in capsys.readouterr().out.splitlines()]
+        rows |= {line[0].strip("| "): line[1] for line in cells if len(line) > 1}
+    assert 0 < float(rows["decode: simplejpeg"]) < float(rows["all of it, before"])
+    # The processor time of 3,000 images is that of 3 times 1,000.
+    [own] = [cores for name, cores in rows.items() if name.endswith(": 3,000 images/s")]
+    assert float(own.strip("| ")) == pytest.approx(
+        3 * float(rows["1,000 images/s"].strip("| ")), abs=0.3
+    )
