@@ -92,15 +92,15 @@ def training_batches(
     from absl import flags
 
     threads = 1 if num_workers else os.cpu_count() or 1
-    reads = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * threads)
     chunks = host.chunks_per_step
     numbers = grain.MapDataset.range(first_step * chunks, num_steps * chunks)
-    batches = numbers.map(host.read_chunk).to_iter_dataset(reads)
+    batches = numbers.map(host.read_chunk).to_iter_dataset(options)
     if num_workers:
         if not flags.FLAGS.is_parsed():  # Grain reads absl flags, which the program may not use.
             flags.FLAGS.mark_as_parsed()
-        options = grain.MultiprocessingOptions(num_workers=num_workers)
-        batches = batches.mp_prefetch(options, worker_init_fn=begin_worker)
+        workers = grain.MultiprocessingOptions(num_workers=num_workers)
+        batches = batches.mp_prefetch(workers, worker_init_fn=begin_worker)
     with contextlib.closing(iter(batches)) as decoded:
         for step in starts:
             steps = min(steps_per_stack, num_steps - step)
