@@ -6,7 +6,7 @@ Alternates between the bare step, on a batch already on the devices, and the loo
 the same devices, with one step per dispatch and with several. Start-up, evaluations and checkpoints
 are not counted. Prints the time of a step in each, the median ratio to the bare step of the same
 round with quartiles, and the host time of the bare step, from the call until it returns. On a CPU
-pin the process to a core (taskset -c 0). Result: docs/results/cost.md, "The loop".
+pin the process to a core (taskset -c 0). Result: docs/results/loop.md.
 """
 
 import argparse

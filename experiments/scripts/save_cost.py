@@ -12,7 +12,7 @@ which a donating step changes again and again. The table has, as medians over th
 
 `--before` names a checkout of another commit, whose package is measured in turn with this one's:
 the last columns are ratios to it. On CPU the steps and the writing share the cores, so `lost` is
-more than it is where an accelerator trains. Result: docs/results/survival.md.
+more than it is where an accelerator trains. Result: docs/results/saves.md.
 """
 
 import argparse

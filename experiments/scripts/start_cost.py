@@ -6,7 +6,7 @@ Starts `mbn-train` in a process of its own whose home folder is empty, so that n
 and no data set prepared; then once more in that home. Each is stopped at its first record, which
 follows the first step. Further arguments are those of mbn-train; run in another checkout, it
 measures that one. Prints the median of the seconds that passed with quartiles, and the
-median of those on processors. Result: docs/results/cost.md, "The start".
+median of those on processors. Result: docs/results/loop.md.
 """
 
 import argparse
