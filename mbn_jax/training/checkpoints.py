@@ -69,7 +69,9 @@ class Checkpoints:
         self._keep = keep
         self._keep_best = keep_best
         self._on_sealed = on_sealed
-        options = ocp.CheckpointManagerOptions(create=True)
+        # Where a folder cannot be made in the background, Orbax's threads wait for it for minutes.
+        ahead = ocp.AsyncOptions(create_directories_asynchronously=False)
+        options = ocp.CheckpointManagerOptions(create=True, async_options=ahead)
         self._manager = ocp.CheckpointManager(self._folder, options=options)
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "seal")
         self._unfinished: concurrent.futures.Future[None] | None = None

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import tensorstore
 from runs import assert_same_bits, final_state, records
 
 from mbn_jax.errors import StoppedError, UserError
@@ -62,11 +63,10 @@ class Gate:
     def open(self, *_):
         self._open.set()
 
-    def guard(self, call, is_held=lambda *_: True):
+    def guard(self, call):
         def held(*args, **kwargs):
-            if is_held(*args):
-                self.reached.set()
-                self.was_opened &= self._open.wait(PATIENCE)
+            self.reached.set()
+            self.was_opened &= self._open.wait(PATIENCE)
             return call(*args, **kwargs)
 
         return held
@@ -80,12 +80,8 @@ def gate():
 
 
 def hold_up_writing(gate, monkeypatch):
-    """Lets no checkpoint have a folder, and so no file, before the gate is open."""
-
-    def is_of_a_checkpoint(path, *_):
-        return ".orbax-checkpoint-tmp" in str(path)
-
-    monkeypatch.setattr(os, "mkdir", gate.guard(os.mkdir, is_of_a_checkpoint))
+    """Lets no array be written before the gate is open."""
+    monkeypatch.setattr(tensorstore, "open", gate.guard(tensorstore.open))
 
 
 def hold_up_sealing(gate, monkeypatch):
@@ -192,7 +188,7 @@ def fail_to_commit(monkeypatch):
 
 
 def fail_to_write(monkeypatch):
-    monkeypatch.setattr(os, "mkdir", of_an_array)
+    monkeypatch.setattr(tensorstore, "open", of_an_array)
 
 
 def next_save(checkpoints):

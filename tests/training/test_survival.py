@@ -493,7 +493,7 @@ def test_sigterm_saves_and_ends_with_a_status_of_its_own(small, tmp_path):
 
 
 DIE = """
-import os, signal
+import os, signal, time
 import mbn_jax.training.checkpoints as module
 from mbn_jax.training import loop as train
 
@@ -508,6 +508,10 @@ def dies_at(call, number):
     return wrapper
 """
 KILLS = {
+    "with records after a checkpoint that is not sealed": """
+module.seal = lambda folder: time.sleep(3600)
+train.Reporter.write = dies_at(train.Reporter.write, 4)
+""",
     "before a checkpoint is sealed": "module._checksums = dies_at(module._checksums, 2)",
     "within a save": "os.rename = dies_at(os.rename, 5)",
     "between record and save": "train.Reporter.sync = dies_at(train.Reporter.sync, 1)",
@@ -521,10 +525,12 @@ def test_killed_within_a_save_and_elsewhere_a_run_is_the_same(small, tmp_path, w
         "JAX_COMPILATION_CACHE_DIR": str(tmp_path / "compiled"),
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     }
+    told = []
     for kill in KILLS.values():
         process = start(small, tmp_path / "killed", code=DIE + kill, **compiled_once)
-        _, told = process.communicate(timeout=300)
-        assert process.returncode == -signal.SIGKILL, told
+        told.append(process.communicate(timeout=300)[1])
+        assert process.returncode == -signal.SIGKILL, told[-1]
+    assert "Skipped the checkpoint of step 10: it was not finished" in told[1]
     train(small, tmp_path / "killed")
     assert_same_run(small, whole(small), tmp_path / "killed")
 
