@@ -61,16 +61,23 @@ def parse_with_fields(
 
 
 def is_bucket(workdir: str | pathlib.Path) -> bool:
-    """Returns whether this is an address in a bucket.
+    """Returns whether this is an address in a bucket; raises UserError for one in a `Path`.
 
     >>> is_bucket("gs://bucket/run"), is_bucket("/mnt/bucket/run")
     (True, False)
     """
+    if isinstance(workdir, pathlib.Path) and str(workdir).startswith(("gs:/", "s3:/")):
+        raise UserError(f"A workdir in a bucket must be a str, got {workdir!r}; give its address.")
     return isinstance(workdir, str) and workdir.startswith(BUCKETS)
 
 
 def folder_or_bucket(text: str) -> pathlib.Path | str:
     """Returns an address in a bucket as it is, and else what `folder` does."""
+    if "://" in text and not is_bucket(text):
+        raise UserError(
+            f"--workdir must be a folder or an address that begins with {' or '.join(BUCKETS)}, "
+            f"got {text}; mount what is there, and give the path where it is mounted."
+        )
     return text if is_bucket(text) else folder(text)
 
 

@@ -139,7 +139,7 @@ def test_mistakes_in_the_config(overrides, message, data_dir, tmp_path, monkeypa
         ),
         (
             [f"--config={DIGITS}", "--workdir=hdfs://store/run"],
-            "--workdir must be a folder, got hdfs://store/run; mount the bucket",
+            "--workdir must be a folder or an address that begins with gs:// or s3://, got",
         ),
         ([f"--config={DIGITS}", "--workdir=w", "--distributed"], "cannot join the other hosts"),
     ],

@@ -23,9 +23,10 @@ import jax
 import numpy as np
 
 from mbn_jax.parallel.devices import first_device
-from mbn_jax.training.checkpoints import SEAL, UNFINISHED, Checkpoints
+from mbn_jax.training.checkpoints import UNFINISHED, Checkpoints
 from mbn_jax.training.program import Programs
 from mbn_jax.training.reporting import METRICS, read_metrics
+from mbn_jax.training.seal import SEAL
 from mbn_jax.training.workdir import CHECKPOINTS, load_config
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "digits.py"

@@ -70,7 +70,7 @@ def tpu_devices(topology: str) -> list[Any]:
 
 def gpu_devices(number: str) -> list[Any]:
     """Returns a number of H100s, eight on a host, from JAX's CUDA plugin alone."""
-    if not number.isdigit() or int(number) % GPUS_PER_HOST:
+    if not number.isdigit() or int(number) % GPUS_PER_HOST or int(number) == 0:
         raise ValueError(f"h100 takes a multiple of {GPUS_PER_HOST} GPUs, got {number!r}")
     shape = f"1x{int(number) // GPUS_PER_HOST}x{GPUS_PER_HOST}"  # Slices, hosts, devices a host.
     options = {"target_config": H100, "topology": shape}

@@ -131,7 +131,7 @@ def lost_host(error: Exception) -> str | None:
     # JAX raises RuntimeError or ValueError for a lost connection.
     if not jax.distributed.is_initialized() or not isinstance(error, RuntimeError | ValueError):
         return None
-    if not LOST_HOST.search(str(error)):
+    if isinstance(error, UserError) or not LOST_HOST.search(str(error)):
         return None
     return (
         f"another host is lost ({str(error).splitlines()[0]}); start all of them again, and the "

@@ -15,7 +15,7 @@ import tensorstore
 
 from mbn_jax.errors import UserError, one_line
 from mbn_jax.parallel.devices import first_host_first
-from mbn_jax.training.checkpoints import SEAL
+from mbn_jax.training.seal import SEAL
 from mbn_jax.training.workdir import CHECKPOINTS
 
 EVENTS = ".tfevents."
@@ -50,13 +50,13 @@ class Bucket:
             return sorted(name.decode() for name in self._store.list().result())
 
     def fetch(self, names: Iterable[str] | None = None) -> None:
-        """Copies files from the bucket; by default all but events, which only people read.
+        """Copies files of the run from the bucket; by default all but events, for people alone.
 
         Raises:
           UserError: where the bucket cannot be read.
         """
         if names is None:
-            names = [name for name in self._names() if EVENTS not in name]
+            names = [name for name in self._names() if _is_of_a_run(name)]
         for name in names:
             with self._reached():
                 found = self._store.read(name).result()
@@ -96,6 +96,11 @@ class Bucket:
         first, last = f"{CHECKPOINTS}/{name}/", f"{CHECKPOINTS}/{name}0"  # '0' is next to '/'.
         with self._reached():
             self._store.delete_range(tensorstore.KvStore.KeyRange(first, last)).result()
+
+
+def _is_of_a_run(name: str) -> bool:
+    """Returns whether a run needs this file: other runs may lie below its address."""
+    return name.startswith(f"{CHECKPOINTS}/") or ("/" not in name and EVENTS not in name)
 
 
 @contextlib.contextmanager

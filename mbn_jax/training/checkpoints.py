@@ -9,7 +9,6 @@ import asyncio.log
 import concurrent.futures
 import contextlib
 import functools
-import hashlib
 import json
 import logging as standard_logging
 import pathlib
@@ -25,15 +24,14 @@ import orbax.checkpoint as ocp
 from absl import logging
 
 from mbn_jax.errors import UserError
-from mbn_jax.parallel.devices import Devices, agree, first_host_first, replicate
+from mbn_jax.parallel.devices import Devices, agree, check_alike, first_host_first, replicate
 from mbn_jax.step.state import TrainState
 from mbn_jax.training import saved_statistics
-from mbn_jax.training.workdir import replace
+from mbn_jax.training.seal import damage, seal
 
 PyTree = Any
 Together = Callable[[], contextlib.AbstractContextManager[None]]
 
-SEAL = "checksums.json"
 UNFINISHED = "*.orbax-checkpoint-tmp*"
 OS_ERROR = re.compile(r"\[os_error_code='(\d+)'\]")
 """In TensorStore's ValueErrors that stand for an OSError."""
@@ -132,7 +130,7 @@ class Checkpoints:
             seal(self._folder / str(step))
             # Not by Orbax, which would delete the oldest before the newest is sealed.
             for other in old:
-                shutil.rmtree(self._folder / str(other))
+                _delete(self._folder / str(other))
             if self._on_sealed:
                 self._on_sealed(step)
 
@@ -141,7 +139,12 @@ class Checkpoints:
         self._join(first_host_first)
 
     def check(self) -> None:
-        """Raises the error of a save that failed meanwhile; does not wait."""
+        """Raises the error of a save that failed meanwhile; does not wait.
+
+        Over several hosts `wait` raises it, on all of them: here one host alone would end.
+        """
+        if jax.process_count() > 1:
+            return
         if self._unfinished and self._unfinished.done() and self._unfinished.exception():
             self._join()
 
@@ -149,10 +152,9 @@ class Checkpoints:
         """Waits for the save that goes on, and raises its error once."""
         unfinished, self._unfinished = self._unfinished, None
         if unfinished:
-            with disk_errors():
+            with disk_errors(), together():
                 self._manager.wait_until_finished()
-                with together():
-                    unfinished.result()
+                unfinished.result()
 
     def _take_old(self, keep: int) -> list[int]:
         """Returns the steps not to keep, and forgets them."""
@@ -215,18 +217,20 @@ class Checkpoints:
 
     def discard_damaged(self) -> None:
         """Deletes checkpoints that are not valid, so that the run can write these steps again."""
-        with first_host_first():
-            if jax.process_index() == 0:
-                for folder in self._folder.glob(UNFINISHED):
-                    shutil.rmtree(folder)
-        for step in set(self._manager.all_steps()) - set(self._valid_steps):
-            self._manager.delete(step)
+        damaged = sorted(set(self._manager.all_steps()) - set(self._valid_steps))
+        for step in damaged:
+            self._manager.delete(step)  # By the first host.
+        with first_host_first():  # The others may have folders of their own, copies of a bucket.
+            folders = [*self._folder.glob(UNFINISHED), *(self._folder / str(x) for x in damaged)]
+            for folder in filter(pathlib.Path.exists, folders):
+                shutil.rmtree(folder)
 
     @functools.cached_property
     def _valid_steps(self) -> list[int]:
         """Steps that had a valid checkpoint when first asked, as the first host finds them."""
         self.wait()
         steps = sorted(self._manager.all_steps())
+        check_alike(checkpoints=len(steps))
         valid = np.zeros(len(steps), bool)
         if jax.process_index() == 0:
             reasons = [damage(self._folder / str(step)) for step in steps]
@@ -270,6 +274,14 @@ class Checkpoints:
             self._thread.shutdown()
 
 
+def _delete(folder: pathlib.Path) -> None:
+    """Deletes an old checkpoint, as far as others let it: the newer one is sealed already."""
+    try:
+        shutil.rmtree(folder)
+    except OSError as error:  # Deleted by a person, or read by another host.
+        logging.warning("The old checkpoint %s could not be deleted: %s.", folder, error)
+
+
 def _best(layouts: Mapping[int, Mapping[str, Any]]) -> int | None:
     """Returns the newest step of the lowest test error, of those that note one."""
     errors = {step: layout["notes"].get("test_error") for step, layout in layouts.items()}
@@ -285,41 +297,6 @@ def _on_host(state: TrainState) -> TrainState:
     """Returns the first device's entry of every array: a copy, or on CPU a view of it."""
     shards = jax.tree.map(lambda x: x.addressable_data(0), _with_key_data(state))
     return jax.tree.map(lambda x: x.reshape(x.shape[1:]), jax.device_get(shards))
-
-
-def seal(folder: pathlib.Path) -> None:
-    """Writes the checksums of a checkpoint that is complete; raises UserError if it cannot."""
-    replace(folder / SEAL, json.dumps(_checksums(folder), indent=1).encode())
-
-
-def damage(folder: pathlib.Path) -> str | None:
-    """Returns what is wrong with a checkpoint, or None where it is as it was sealed."""
-    try:
-        expected = json.loads((folder / SEAL).read_text())
-    except FileNotFoundError:
-        return "it was not finished"
-    except ValueError:
-        return f"{SEAL} is damaged"
-    try:
-        found = _checksums(folder)
-    except FileNotFoundError:  # By the run that it belongs to, which is going on.
-        return "it was deleted meanwhile"
-    for name in sorted(set(expected) | set(found)):
-        if name not in found:
-            return f"{name} is missing"
-        if expected.get(name) != found[name]:
-            return f"{name} is damaged"
-    return None
-
-
-def _checksums(folder: pathlib.Path) -> dict[str, str]:
-    files = sorted(f for f in folder.rglob("*") if f.is_file() and f.name != SEAL)
-    return {str(file.relative_to(folder)): _sha256(file) for file in files}
-
-
-def _sha256(file: pathlib.Path) -> str:
-    with file.open("rb") as content:
-        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 @contextlib.contextmanager

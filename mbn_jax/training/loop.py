@@ -255,6 +255,8 @@ def _train_from(
 
 def _find_layer(run: Run, error: DivergenceError) -> str:
     """Returns a clause on the layer where a run diverged, whatever stands in the way of it."""
+    if run.bucket and jax.process_count() > 1:
+        return "its layer is looked for in a --workdir on a disk that hosts share, not in a bucket"
     try:
         last_saved = find_start(run.program, run.config, run.workdir).state
         return find_layer(run.program, run.config, last_saved, error)

@@ -24,6 +24,7 @@ from mbn_jax.training.config import default_config
 from mbn_jax.training.evaluation import evaluate_run
 from mbn_jax.training.loop import train
 from mbn_jax.training.program import Programs
+from mbn_jax.training.seal import SEAL
 from mbn_jax.training.workdir import CHECKPOINTS
 
 SLURM_PORTS = range(61440, 65536)
@@ -205,7 +206,7 @@ def test_hosts_resume_what_one_process_started_and_share_groups(data_dir, tmp_pa
 
 @pytest.mark.slow
 def test_hosts_resume_in_a_bucket(data_dir, tmp_path, bucket):
-    """Each has a copy of its own, which the others do not see."""
+    """Each has a copy of its own, which the others do not see; one checkpoint is not sealed."""
     config = config_of(data_dir)
     programs = Programs(jax.devices()[:2])
     train(config, tmp_path / "one", programs=programs)
@@ -213,6 +214,11 @@ def test_hosts_resume_in_a_bucket(data_dir, tmp_path, bucket):
     address = f"{bucket}/hosts"
     with pytest.raises(StoppedError):
         train(config, address, programs=programs, stop_asked=lambda first, last: last == 7)
+    with local_copy(address) as found:  # As a copy that was cut short leaves it.
+        unsealed = found.folder / CHECKPOINTS / "12"
+        shutil.copytree(found.folder / CHECKPOINTS / "7", unsealed)
+        (unsealed / SEAL).unlink()
+        found.store(12)
     flags = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"
     arguments = [f"--config={tmp_path / 'config.py'}", f"--workdir={address}"]
     started = [
@@ -228,6 +234,7 @@ def test_hosts_resume_in_a_bucket(data_dir, tmp_path, bucket):
     told = [(*process.communicate(timeout=300), process.returncode) for process in started]
     assert [status for _, _, status in told] == [0, 0], told
     assert "test error" in told[0][0]
+    assert "Skipped the checkpoint of step 12: it was not finished" in told[0][1]
     with local_copy(address) as found:
         assert_same_run(records(tmp_path / "one"), records(found.folder))
         steps = sorted(path.name for path in (found.folder / CHECKPOINTS).iterdir())

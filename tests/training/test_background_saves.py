@@ -4,6 +4,7 @@ import concurrent.futures
 import errno
 import functools
 import os
+import shutil
 import threading
 
 import jax
@@ -19,10 +20,11 @@ from mbn_jax.parallel.devices import first_device, replicate
 from mbn_jax.step.state import TrainState
 from mbn_jax.training import checkpoints as checkpoints_module
 from mbn_jax.training import loop
-from mbn_jax.training.checkpoints import SEAL, Checkpoints
+from mbn_jax.training.checkpoints import Checkpoints
 from mbn_jax.training.config import default_config
 from mbn_jax.training.loop import train as train_anew
 from mbn_jax.training.program import Programs
+from mbn_jax.training.seal import SEAL
 from mbn_jax.training.workdir import CHECKPOINTS
 
 ONE_DEVICE = Programs(jax.devices()[:1])
@@ -169,6 +171,18 @@ def test_old_checkpoints_are_kept_until_the_new_one_is_sealed(tmp_path, monkeypa
     gate.open()
     checkpoints.close()
     assert [path.name for path in tmp_path.iterdir()] == ["2"]
+
+
+def test_an_old_checkpoint_that_is_gone_already_is_told_and_stops_nothing(tmp_path, caplog):
+    sealed = []
+    checkpoints = Checkpoints(tmp_path, keep=1, on_sealed=sealed.append)
+    checkpoints.save(replicate(some_state(1)), local_statistics=False)
+    checkpoints.wait()
+    shutil.rmtree(tmp_path / "1")
+    checkpoints.save(replicate(some_state(2)), local_statistics=False)
+    checkpoints.close()
+    assert sealed == [1, 2]
+    assert f"The old checkpoint {tmp_path / '1'} could not be deleted" in caplog.text
 
 
 def full(*_, **__):

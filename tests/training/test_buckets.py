@@ -3,6 +3,7 @@
 import functools
 import json
 import os
+import pathlib
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ import jax
 import pytest
 from runs import assert_same_bits, final_state, records, write_config, xla_flags
 
+from mbn_jax.command_line import is_bucket
 from mbn_jax.errors import StoppedError, UserError
 from mbn_jax.training.arguments import eval_command
 from mbn_jax.training.buckets import Bucket, local_copy
@@ -130,6 +132,19 @@ def test_a_run_that_is_killed_within_a_copy_resumes_from_the_checkpoint_before(
     # What was there in part is gone.
     steps = {name.split("/")[1] for name in names_in(address, tmp_path) if "/" in name}
     assert steps == {"30", "40"}
+
+
+def test_an_address_in_a_path_is_refused():
+    with pytest.raises(UserError, match="A workdir in a bucket must be a str, got PosixPath"):
+        is_bucket(pathlib.Path("gs://bucket/run"))
+
+
+def test_other_runs_below_the_address_are_left_where_they_are(tmp_path, bucket):
+    with local_copy(f"{bucket}/runs/one") as one:
+        (one.folder / "config.json").write_text("{}")
+        one.store()
+    with local_copy(f"{bucket}/runs") as above:
+        assert list(above.folder.iterdir()) == []
 
 
 def test_a_bucket_that_is_not_there_is_told(config, tmp_path):

@@ -93,6 +93,7 @@ def test_a_run_learns_and_leaves_all_that_it_promises(config, tmp_path):
     assert evaluate_run(tmp_path) == {
         "step": 160,
         "split": "test[:100]",
+        "examples": 100,
         "loss": pytest.approx(values["test_loss"], rel=1e-6),
         "error": values["test_error"],
     }

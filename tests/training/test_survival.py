@@ -25,8 +25,8 @@ from mbn_jax.step.state import TrainState
 from mbn_jax.sweeps import storage as store
 from mbn_jax.sweeps.declaration import Member
 from mbn_jax.sweeps.results import read_results, write_results
-from mbn_jax.training import checkpoints as checkpoints_module
 from mbn_jax.training import divergence, loop, steps
+from mbn_jax.training import seal as seal_module
 from mbn_jax.training.checkpoints import Checkpoints
 from mbn_jax.training.config import default_config, program_key
 from mbn_jax.training.config_files import with_fields
@@ -287,14 +287,14 @@ def test_a_checkpoint_that_its_run_deletes_while_it_is_checked_is_skipped(
     three_checkpoints, tmp_path, monkeypatch, caplog
 ):
     shutil.copytree(three_checkpoints, tmp_path / "going_on")
-    read = checkpoints_module._sha256
+    read = seal_module._sha256
 
     def deleted_meanwhile(path):
         if "2" in path.parts[-4:]:
             shutil.rmtree(tmp_path / "going_on" / "2", ignore_errors=True)
         return read(path)
 
-    monkeypatch.setattr(checkpoints_module, "_sha256", deleted_meanwhile)
+    monkeypatch.setattr(seal_module, "_sha256", deleted_meanwhile)
     checkpoints = Checkpoints(tmp_path / "going_on")
     restored = checkpoints.restore(small_state(), local_statistics=False, best=True)
     checkpoints.close()
@@ -495,6 +495,7 @@ def test_sigterm_saves_and_ends_with_a_status_of_its_own(small, tmp_path):
 DIE = """
 import os, signal, time
 import mbn_jax.training.checkpoints as module
+import mbn_jax.training.seal as seal
 from mbn_jax.training import loop as train
 
 def die(*_, **__):
@@ -512,7 +513,7 @@ KILLS = {
 module.seal = lambda folder: time.sleep(3600)
 train.Reporter.write = dies_at(train.Reporter.write, 4)
 """,
-    "before a checkpoint is sealed": "module._checksums = dies_at(module._checksums, 2)",
+    "before a checkpoint is sealed": "seal._checksums = dies_at(seal._checksums, 2)",
     "within a save": "os.rename = dies_at(os.rename, 5)",
     "between record and save": "train.Reporter.sync = dies_at(train.Reporter.sync, 1)",
 }
