@@ -61,7 +61,11 @@ def test_help_comes_before_anything_heavy_is_imported(command):
             ["e.py", "--workdir=x", "--seed=3"],
             "unknown argument --seed=3; did you mean --se",
         ),
-        ("eval", ["--workdir=hdfs://x"], "begins with gs:// or s3://, got hdfs://x"),
+        (
+            "eval",
+            ["--workdir=hdfs://x"],
+            "--workdir must be a folder or an address that begins with gs://",
+        ),
         ("report", ["gs://x"], "workdir must be a folder, got gs://x"),
     ],
 )
