@@ -7,7 +7,7 @@ seed: while it starts, in training, within a save, and between a checkpoint and 
 (training goes on during both); each time the same command resumes it. Then parameters, statistics,
 optimizer and records (except times) must be equal to the bit, with no record missing or duplicated.
 Otherwise the exit status is 1.
-About 10 minutes on 2 busy CPU cores. Result: docs/results/survival.md.
+About 2 minutes on 2 CPU cores. Result: docs/results/survival.md.
 """
 
 import argparse
