@@ -66,19 +66,22 @@ def is_bucket(workdir: str | pathlib.Path) -> bool:
     >>> is_bucket("gs://bucket/run"), is_bucket("/mnt/bucket/run")
     (True, False)
     """
-    if isinstance(workdir, pathlib.Path) and str(workdir).startswith(("gs:/", "s3:/")):
+    as_path = tuple(address[:-1] for address in BUCKETS)  # A path has no two slashes in a row.
+    if isinstance(workdir, pathlib.Path) and str(workdir).startswith(as_path):
         raise UserError(f"A workdir in a bucket must be a str, got {workdir!r}; give its address.")
     return isinstance(workdir, str) and workdir.startswith(BUCKETS)
 
 
 def folder_or_bucket(text: str) -> pathlib.Path | str:
     """Returns an address in a bucket as it is, and else what `folder` does."""
-    if "://" in text and not is_bucket(text):
+    if is_bucket(text):
+        return text
+    if "://" in text:
         raise UserError(
             f"--workdir must be a folder or an address that begins with {' or '.join(BUCKETS)}, "
             f"got {text}; mount what is there, and give the path where it is mounted."
         )
-    return text if is_bucket(text) else folder(text)
+    return folder(text)
 
 
 def folder(text: str, flag: str = "--workdir") -> pathlib.Path:

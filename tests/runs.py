@@ -7,8 +7,27 @@ import jax
 import numpy as np
 
 from mbn_jax.training.checkpoints import Checkpoints
+from mbn_jax.training.config import default_config
 from mbn_jax.training.reporting import read_metrics
 from mbn_jax.training.workdir import CHECKPOINTS
+
+
+def forty_steps(data_dir, **fields):
+    """A config of forty steps on part of the digits, with a checkpoint every ten."""
+    config = default_config()
+    config.update_from_flattened_dict(
+        {
+            "dataset.data_dir": data_dir,
+            "dataset.train_split": "train[:640]",
+            "dataset.test_split": "test[:100]",
+            "dataset.crop_padding": 1,
+            "batch_size": 16,
+            "num_epochs": 1.0,
+            "checkpoint_every_steps": 10,
+            **fields,
+        }
+    )
+    return config
 
 
 def records(workdir):

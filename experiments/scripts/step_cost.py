@@ -336,7 +336,10 @@ def main() -> None:
     args = parser.parse_args()
     if BASE not in args.cases:
         parser.error(f"--cases needs {BASE!r}, to which the others are ratios")
-    device = topology_devices(args.tpu)[0] if args.tpu else None
+    try:
+        device = topology_devices(args.tpu)[0] if args.tpu else None
+    except ValueError as error:
+        parser.error(str(error))
     name = device.device_kind if args.tpu else jax.devices()[0].device_kind
     rounds = 0 if args.tpu else args.rounds
     clock = time.process_time if args.processor_time else time.perf_counter

@@ -20,6 +20,14 @@ JPEG = b"\xff\xd8\xff"
 """The first bytes of every JPEG."""
 
 
+def unreadable(index: int, name: str, error: Exception) -> UserError:
+    """Returns the error for an example whose record, or the image in it, is damaged."""
+    return UserError(
+        f"Example {index} of {name} cannot be read ({one_line(error)}); its record "
+        "files are damaged or not all there: prepare the data set anew."
+    )
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageReader:
     """Turns image files into pixels of one shape, and checks them on the way.
@@ -54,10 +62,7 @@ class ImageReader:
         try:
             image, box = self._decode(file, key)
         except Exception as error:  # Decoders fail in many ways on damaged bytes.
-            raise UserError(
-                f"Example {index} of {self.name} cannot be read ({one_line(error)}); its record "
-                "files are damaged or not all there: prepare the data set anew."
-            ) from error
+            raise unreadable(index, self.name, error) from error
         self._check(image, index)
         if box is not None and key is not None:
             return resize_random_part(image, self.shape, box)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from mbn_jax.command_line import expand_home
-from mbn_jax.datasets.images import ImageReader
+from mbn_jax.datasets.images import ImageReader, unreadable
 from mbn_jax.datasets.split import ArraySpec, Split, StoredRange, in_memory_if_small
 from mbn_jax.errors import UserError, one_line
 
@@ -173,10 +173,7 @@ class _CheckedSource:
         try:
             return self.source[index]
         except Exception as error:  # Readers fail in many ways on damaged bytes.
-            raise UserError(
-                f"Example {index} of {self.name} cannot be read ({one_line(error)}); its record "
-                "files are damaged or not all there: prepare the data set anew."
-            ) from error
+            raise unreadable(index, self.name, error) from error
 
 
 def _prepared_builder(

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 import tensorstore
-from runs import assert_same_bits, final_state, records
+from runs import assert_same_bits, final_state, forty_steps, records
 
 from mbn_jax.errors import StoppedError, UserError
 from mbn_jax.parallel.devices import first_device, replicate
@@ -21,7 +21,6 @@ from mbn_jax.step.state import TrainState
 from mbn_jax.training import checkpoints as checkpoints_module
 from mbn_jax.training import loop
 from mbn_jax.training.checkpoints import Checkpoints
-from mbn_jax.training.config import default_config
 from mbn_jax.training.loop import train as train_anew
 from mbn_jax.training.program import Programs
 from mbn_jax.training.seal import SEAL
@@ -35,23 +34,12 @@ PATIENCE = 120.0
 
 @pytest.fixture
 def config(data_dir):
-    """Forty steps on part of the digits, with a checkpoint every ten."""
-    config = default_config()
-    config.update_from_flattened_dict(
-        {
-            "dataset.data_dir": data_dir,
-            "dataset.train_split": "train[:640]",
-            "dataset.test_split": "test[:100]",
-            "dataset.crop_padding": 1,
-            "batch_size": 16,
-            "num_epochs": 1.0,
-            "model.features": (8,),
-            "log_every_steps": 2,
-            "eval_every_steps": 40,
-            "checkpoint_every_steps": 10,
-        }
-    )
-    return config
+    fields = {
+        "model.features": (8,),
+        "log_every_steps": 2,
+        "eval_every_steps": 40,
+    }
+    return forty_steps(data_dir, **fields)
 
 
 class Gate:

@@ -10,13 +10,12 @@ import sys
 
 import jax
 import pytest
-from runs import assert_same_bits, final_state, records, write_config, xla_flags
+from runs import assert_same_bits, final_state, forty_steps, records, write_config, xla_flags
 
 from mbn_jax.command_line import is_bucket
 from mbn_jax.errors import StoppedError, UserError
 from mbn_jax.training.arguments import eval_command
 from mbn_jax.training.buckets import Bucket, local_copy
-from mbn_jax.training.config import default_config
 from mbn_jax.training.loop import train as train_anew
 from mbn_jax.training.program import Programs
 
@@ -26,24 +25,13 @@ train = functools.partial(train_anew, programs=ONE_DEVICE)
 
 @pytest.fixture
 def config(data_dir):
-    """Forty steps on part of the digits, with a checkpoint every ten."""
-    config = default_config()
-    config.update_from_flattened_dict(
-        {
-            "dataset.data_dir": data_dir,
-            "dataset.train_split": "train[:640]",
-            "dataset.test_split": "test[:100]",
-            "dataset.crop_padding": 1,
-            "batch_size": 16,
-            "num_epochs": 1.0,
-            "model.features": (4,),
-            "log_every_steps": 7,
-            "eval_every_steps": 20,
-            "checkpoint_every_steps": 10,
-            "keep_checkpoints": 2,
-        }
-    )
-    return config
+    fields = {
+        "model.features": (4,),
+        "log_every_steps": 7,
+        "eval_every_steps": 20,
+        "keep_checkpoints": 2,
+    }
+    return forty_steps(data_dir, **fields)
 
 
 def names_in(address, folder):

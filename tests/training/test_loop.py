@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import runs
-from runs import assert_same_bits, records, write_config, xla_flags
+from runs import assert_same_bits, forty_steps, records, write_config, xla_flags
 
 from mbn_jax.core.batch_stats import pool_batch_stats
 from mbn_jax.errors import UserError
@@ -22,7 +22,6 @@ from mbn_jax.training import passes
 from mbn_jax.training import program as program_module
 from mbn_jax.training import steps as steps_module
 from mbn_jax.training.checkpoints import Checkpoints
-from mbn_jax.training.config import default_config
 from mbn_jax.training.config_files import with_fields
 from mbn_jax.training.divergence import DivergenceError
 from mbn_jax.training.evaluation import evaluate_run
@@ -46,19 +45,8 @@ final_state = functools.partial(runs.final_state, PROGRAMS)
 
 @pytest.fixture
 def config(data_dir):
-    """Forty steps on part of the digits, with a checkpoint every ten."""
-    config = default_config()
-    config.dataset.data_dir = data_dir
-    config.dataset.train_split = "train[:640]"
-    config.dataset.test_split = "test[:100]"
-    config.batch_size = 16
-    config.num_epochs = 1.0
-    config.model.features = (8, 8)
-    config.dataset.crop_padding = 1
-    config.log_every_steps = 4
-    config.eval_every_steps = 20
-    config.checkpoint_every_steps = 10
-    return config
+    fields = {"model.features": (8, 8), "log_every_steps": 4, "eval_every_steps": 20}
+    return forty_steps(data_dir, **fields)
 
 
 def kill_after(monkeypatch, saves):

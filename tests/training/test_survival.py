@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 import pandas as pd
 import pytest
-from runs import assert_same_bits, final_state, records, write_config, xla_flags
+from runs import assert_same_bits, final_state, forty_steps, records, write_config, xla_flags
 
 from mbn_jax.errors import StoppedError, UserError
 from mbn_jax.parallel.devices import replicate
@@ -43,23 +43,12 @@ train = functools.partial(train_anew, programs=ONE_DEVICE)
 
 @pytest.fixture
 def config(data_dir):
-    """Forty steps on part of the digits, with a checkpoint every ten."""
-    config = default_config()
-    config.update_from_flattened_dict(
-        {
-            "dataset.data_dir": data_dir,
-            "dataset.train_split": "train[:640]",
-            "dataset.test_split": "test[:100]",
-            "dataset.crop_padding": 1,
-            "batch_size": 16,
-            "num_epochs": 1.0,
-            "model.features": (8, 8),
-            "log_every_steps": 7,
-            "eval_every_steps": 20,
-            "checkpoint_every_steps": 10,
-        }
-    )
-    return config
+    fields = {
+        "model.features": (8, 8),
+        "log_every_steps": 7,
+        "eval_every_steps": 20,
+    }
+    return forty_steps(data_dir, **fields)
 
 
 @pytest.fixture
