@@ -74,7 +74,7 @@ def shared_norms():
 
 
 def settings():
-    """Returns all settings by name."""
+    """Returns all settings by name, without their learning rates."""
     found = {
         f"{norm}, {conv}": fields | {"model.conv": conv}
         for conv in ("plain", "standardized")
@@ -91,9 +91,12 @@ def settings():
     }
     for norm, (fields, conv) in alone.items():
         found[f"{norm}, {conv}"] = fields | {"model.conv": conv}
-    for name, fields in found.items():
-        fields["optimizer.learning_rate"] = OTHER_RATES.get(name, RATE)
     return found
+
+
+def at_rate(fields, rate):
+    """Returns the fields of a setting at a learning rate."""
+    return fields | {"optimizer.learning_rate": rate}
 
 
 def get_sweep():
@@ -105,8 +108,13 @@ def get_sweep():
         "so that the weights alone are compared.",
         configs={"cifar10": "../configs/cifar.py:resnet8"},
         fields=FIELDS,
-        axes={"norm": settings()},
-        seeds=3,
+        axes={
+            "norm": {
+                name: at_rate(fields, OTHER_RATES.get(name, RATE))
+                for name, fields in settings().items()
+            }
+        },
+        seeds=5,
         baseline={"norm": "batch 32, plain"},
         metrics=("test_error", "recalibrated_test_error"),
     )

@@ -33,7 +33,7 @@ def get_sweep():
                 "memory, synced, transport": {"double_forward": "transport"},
             }
         },
-        seeds=3,
+        seeds=5,
         baseline={"norm": "batch, local"},
         metrics=("test_error", "recalibrated_test_error"),
     )

@@ -8,6 +8,8 @@ from typing import Any
 import jax
 from jax.experimental import topologies
 
+from mbn_jax.errors import one_line
+
 MEMORY_GIB = {"v4": 32, "v5e": 16, "v5p": 95, "v6e": 32, "h100": 80}
 """High-bandwidth memory of a chip, by the word that a topology begins with."""
 
@@ -48,7 +50,7 @@ def topology_devices(topology: str) -> list[Any]:
     TPUs are described by pip's libtpu, GPUs by JAX's CUDA plugin: the extras `tpu` and `cuda`.
 
     Raises:
-        ValueError: if the topology is unknown or what describes it is not installed.
+      ValueError: if the topology is unknown or what describes it is not installed.
     """
     family, _, shape = topology.partition(":")
     if family == "h100":
@@ -65,7 +67,12 @@ def tpu_devices(topology: str) -> list[Any]:
         raise ValueError("a TPU topology needs libtpu: pip install '.[train,tpu]'") from error
     path = pathlib.Path(library.__file__ or "").parent / "libtpu.so"
     os.environ.setdefault("TPU_LIBRARY_PATH", str(path))
-    return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    try:
+        return topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
+    except jax.errors.JaxRuntimeError as error:  # Unknown, or another process has libtpu.
+        raise ValueError(
+            f"libtpu cannot describe the topology {topology!r} ({one_line(error)}); v5e:2x4 is one"
+        ) from error
 
 
 def gpu_devices(number: str) -> list[Any]:

@@ -3,6 +3,7 @@
 import math
 import pathlib
 import sys
+import types
 
 import jax
 import pandas as pd
@@ -73,6 +74,18 @@ def test_a_topology_that_nothing_here_describes_is_refused(topology, message, mo
     monkeypatch.setitem(sys.modules, "libtpu", None)
     with pytest.raises(ValueError, match=message):
         topologies.topology_devices(topology)
+
+
+def test_a_topology_unknown_to_libtpu_is_refused(monkeypatch):
+    def unknown(*args, **options):
+        raise jax.errors.JaxRuntimeError("INVALID_ARGUMENT: no such chips")
+
+    library = types.SimpleNamespace(__file__="libtpu/__init__.py")
+    monkeypatch.setitem(sys.modules, "libtpu", library)
+    monkeypatch.setenv("TPU_LIBRARY_PATH", "")
+    monkeypatch.setattr(topologies.topologies, "get_topology_desc", unknown)
+    with pytest.raises(ValueError, match=r"describe the topology 'v9:2x2' \(.*no such chips"):
+        topologies.topology_devices("v9:2x2")
 
 
 def test_a_row_leaves_out_what_the_compiler_does_not_say():
