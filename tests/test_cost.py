@@ -32,6 +32,8 @@ from mbn_jax.parallel.devices import (
 from mbn_jax.training.config import default_config
 from mbn_jax.training.loop import train
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = pathlib.Path(__file__).parents[1] / "experiments" / "scripts" / "step_cost.py"
 
 

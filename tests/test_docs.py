@@ -53,6 +53,7 @@ def write_checkpoint(folder):
 
 
 @pytest.mark.parametrize("block", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.slow
 def test_python_in_the_docs_runs(block, monkeypatch, tmp_path):
     results = tmp_path / "runs" / "memory_size" / "results.parquet"  # What one block reads.
     results.parent.mkdir(parents=True)

@@ -232,6 +232,7 @@ def test_random_resized_crops_are_drawn_by_seed_step_and_position(pictures):
     assert (whole == runs[0][0]["image"]).all()
 
 
+@pytest.mark.slow
 def test_worker_processes_decode_the_same(pictures):
     split = load_split(
         "pictures", "train", data_dir=pictures, image_size=16, random_resized_crop=True

@@ -28,6 +28,7 @@ LAYERS = 2
     # Counted with jax 0.10.2 on CPU: docs/guides/hosts.md.
     [("batch, local", 1), ("memory, groups of 4, transport", 3 * LAYERS + 1)],
 )
+@pytest.mark.slow
 def test_a_step_is_compiled_for_all_devices_from_shapes_alone(case, all_reduces):
     config = parse_config(str(ROOT / "configs" / "digits.py"))
     fields = {"model.features": (4, 4), "batch_size": 16}

@@ -44,6 +44,7 @@ def test_flax_momentum_by_position_sets_no_other_option(norm):
 
 @every_norm
 @pytest.mark.parametrize("double_forward", MODES)
+@pytest.mark.slow
 def test_strict_promotion_of_dtypes(norm, double_forward):
     if norm == "batch_renorm" and double_forward == "transport":
         double_forward = "rewrite"  # It has no memory to move.
@@ -112,6 +113,7 @@ def test_the_network_is_tabulated():
     assert table.count("MemorizedBatchNorm_0") >= 2
 
 
+@pytest.mark.slow
 def test_the_step_runs_with_optimized_bytecode():
     program = (
         "import sys; sys.path.insert(0, sys.argv[1])\n"

@@ -248,6 +248,7 @@ def test_masked_rows_are_as_if_absent(norm):
 
 
 @every_statistical_norm
+@pytest.mark.slow
 def test_axis_is_one_or_several(norm):
     x = normal(6, 2, 3)
     last = norm.make(use_running_average=False)
@@ -308,6 +309,7 @@ def at(tree, i):
 
 
 @every_norm
+@pytest.mark.slow
 def test_lifted_vmap_is_each_member_by_itself(norm):
     x = normal(3, 6, 2)
 
@@ -322,6 +324,7 @@ def test_lifted_vmap_is_each_member_by_itself(norm):
 
 
 @every_norm
+@pytest.mark.slow
 def test_lifted_scan_is_one_layer_after_the_other(norm):
     x = normal(6, 2)
     layer = Layers(norm.make)
@@ -340,6 +343,7 @@ def test_lifted_scan_is_one_layer_after_the_other(norm):
 
 
 @every_norm
+@pytest.mark.slow
 def test_remat_changes_nothing(norm):
     x = normal(6, 2)
 
@@ -525,6 +529,7 @@ def test_a_schedule_is_the_rule_of_its_step_in_training_and_at_inference():
 
 @pytest.mark.parametrize("decay", [0.7, 1.0])
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.slow
 def test_a_memory_without_end_is_a_long_one(decay, masked):
     without_end = endless(decay=decay)
     memory = MemorizedBatchNorm(decay=decay, memory_size=8)
@@ -822,6 +827,7 @@ class Remat(nn.Module):
 
 
 @pytest.mark.parametrize("container", [Block, Remat, VmapBlock, Layers])
+@pytest.mark.slow
 def test_traced_memory_size_and_decay_share_one_program(container):
     make = functools.partial(MemorizedBatchNorm, memory_capacity=3)
     x = normal(4, 3, 6, 2)
@@ -869,6 +875,7 @@ def test_room_to_spare_changes_nothing_and_lets_the_memory_grow():
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize("fast", [False, True])
 @pytest.mark.parametrize("gradient", ["through", "renorm"])
+@pytest.mark.slow
 def test_eight_devices_are_one_with_the_whole_batch(gradient, fast, masked):
     x = normal(8, 4, 3, mean=normal(8, 1, 3, seed=1))
     weights = normal(8, 4, 3, seed=2)
@@ -913,6 +920,7 @@ def test_eight_devices_are_one_with_the_whole_batch(gradient, fast, masked):
 
 
 @pytest.mark.parametrize("fast", [False, True])
+@pytest.mark.slow
 def test_groups_of_devices_are_batches_of_their_own(fast):
     groups = [[0, 3, 5, 6], [1, 2, 4, 7]]
     x = normal(3, 8, 4, 3, mean=normal(3, 8, 1, 3, seed=1))

@@ -185,6 +185,7 @@ def test_a_batch_that_is_not_finite_spoils_no_statistics(warmup_steps):
     assert jnp.isfinite(after["batch_stats"]["var"]).all()
 
 
+@pytest.mark.slow
 def test_synced_devices_are_one_device():
     data = batches(6)
     expected = run(Net(short), sgd, data, "rewrite")

@@ -37,6 +37,7 @@ def train(layer, variables, x, **options):
 
 @every_norm
 @pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.slow
 def test_each_group_is_a_layer_of_its_own(norm, masked):
     virtual = VirtualBatches(norm, num_groups=3)
     data = batches(3)
@@ -76,6 +77,7 @@ def test_parameters_are_where_they_would_be_and_init_binds_no_batch(norm):
 
 
 @every_norm
+@pytest.mark.slow
 def test_one_group_is_the_layer_and_gradients_agree(norm):
     x = batches(1)[0]
     plain, virtual = norm(), VirtualBatches(norm, num_groups=1)
@@ -93,6 +95,7 @@ def test_one_group_is_the_layer_and_gradients_agree(norm):
     jax.tree.map(functools.partial(close, rtol=1e-4, atol=1e-3), *grads)  # Sums of 60 cubes.
 
 
+@pytest.mark.slow
 def test_gradient_auto_counts_the_group():
     x = batches(1, size=4)[0][:, 0]
     layers = {
@@ -115,6 +118,7 @@ def test_gradient_auto_counts_the_group():
 
 
 @every_norm
+@pytest.mark.slow
 def test_groups_are_spread_over_devices(norm):
     x = batches(1, size=16)[0]
     alone = VirtualBatches(norm, 2, use_running_average=False)

@@ -16,6 +16,8 @@ from mbn_jax.training.config import default_config
 from mbn_jax.training.hparams import HParams
 from mbn_jax.training.norms import LAYERS, NORMS, build_norm
 
+pytestmark = pytest.mark.slow
+
 
 def norm_of(config):
     return build_norm(config, HParams.from_config(config), 1, 100)

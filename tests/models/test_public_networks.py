@@ -16,6 +16,8 @@ import pytest
 
 from mbn_jax import MemorizedBatchNorm, TrainState, make_train_step
 
+pytestmark = pytest.mark.slow
+
 CLASSES = 3
 
 

@@ -53,6 +53,7 @@ PAIRS = {
 
 @pytest.mark.parametrize("masked", [False, True])
 @pytest.mark.parametrize(("name", "options"), PAIRS.values(), ids=PAIRS)
+@pytest.mark.slow
 def test_outputs_gradients_and_statistics_are_those_of_linen_to_the_bit(name, options, masked):
     linen, layer = linen_pair(name, **options)
     data = [normal(6, 4, 3, seed=seed, mean=seed) for seed in range(4)]

@@ -132,6 +132,7 @@ def test_recalibration_needs_batches_and_calls():
 
 
 @every_norm
+@pytest.mark.slow
 def test_a_model_and_its_optimizer_go_through_orbax(norm, tmp_path):
     model, optimizer = trained(norm, double_forward="rewrite")
     saved = nnx.state((model, optimizer), nnx.Not(nnx.RngState))

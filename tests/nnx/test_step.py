@@ -109,6 +109,7 @@ def state_of(model, kind=nnx.BatchStat):
 
 
 @every_step
+@pytest.mark.slow
 def test_both_styles_train_as_linen_does_to_the_bit(options):
     data, tx = batches(5), optax.adam(0.03)
     model = Net()
@@ -138,6 +139,7 @@ def test_both_styles_train_as_linen_does_to_the_bit(options):
 
 
 @pytest.mark.parametrize("norm", [nnx.BatchNorm, mbn_jax.nnx.BatchRenorm])
+@pytest.mark.slow
 def test_rewrite_takes_any_norm_and_transport_only_memories(norm):
     data, tx = batches(3), optax.sgd(0.1)
     rewritten, plain = Net(norm), Net(norm)
@@ -243,6 +245,7 @@ def test_records_are_those_of_the_calls():
 
 
 @pytest.mark.parametrize("stream", ["dropout", "default"])
+@pytest.mark.slow
 def test_both_forwards_draw_the_same_numbers_and_each_step_new_ones(stream):
     class Noisy(nnx.Module):
         def __init__(self):

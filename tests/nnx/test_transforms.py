@@ -14,6 +14,8 @@ from stepping import batches
 import mbn_jax.nnx
 from mbn_jax.nnx import recalibrate
 
+pytestmark = pytest.mark.slow
+
 equal = functools.partial(jax.tree.map, np.testing.assert_array_equal)
 close = functools.partial(
     jax.tree.map, functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)

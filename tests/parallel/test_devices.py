@@ -201,6 +201,7 @@ LAYERS_OF_NORM = {
 
 @pytest.mark.parametrize("norm", LAYERS_OF_NORM)
 @pytest.mark.parametrize("written", COUNTS)
+@pytest.mark.slow
 def test_a_checkpoint_is_restored_on_any_number_of_devices(tmp_path, norm, written):
     model, tx = Net(LAYERS_OF_NORM[norm]), optax.sgd(0.2, momentum=0.9)
     variables = model.init(jax.random.key(0), jnp.zeros((1, 5)), train=False)

@@ -11,6 +11,8 @@ from stepping import Net, batches, endless, loss_fn, memorized, run
 
 from mbn_jax import TrainState, make_train_step
 
+pytestmark = pytest.mark.slow
+
 DEVICES = 8
 MODES = {  # With the part of the batch that the second forward sees.
     "off": ("off", 1.0),

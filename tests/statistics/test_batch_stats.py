@@ -67,6 +67,7 @@ def variables_of(state):
 
 
 @every_norm
+@pytest.mark.slow
 def test_folded_into_batch_norm_the_network_infers_the_same(norm):
     model, x = Net(NORMS[norm]), data(seed=1)[0]
     variables = variables_of(trained(model))
@@ -162,6 +163,7 @@ def test_frozen_beside_trained_memories(double_forward):
 
 
 @every_norm
+@pytest.mark.slow
 def test_a_frozen_norm_is_fine_tuned_around(norm):
     def frozen(use_running_average):
         return NORMS[norm](use_running_average=True)
@@ -176,6 +178,7 @@ def test_a_frozen_norm_is_fine_tuned_around(norm):
 
 
 @every_norm
+@pytest.mark.slow
 def test_recalibrated_statistics_are_those_of_the_training_data(norm):
     model, batches = Net(NORMS[norm]), data(4, seed=2)
     variables = variables_of(trained(model))

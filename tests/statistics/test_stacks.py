@@ -97,6 +97,7 @@ close = functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5)
 
 @every_stack
 @every_norm
+@pytest.mark.slow
 def test_a_folded_stack_infers_the_same(stack, norm):
     model, variables = trained(stack, norm)
     x = batches(1, seed=2)[0]
@@ -107,6 +108,7 @@ def test_a_folded_stack_infers_the_same(stack, norm):
 
 @every_stack
 @every_norm
+@pytest.mark.slow
 def test_a_stack_started_from_batch_norm_infers_the_same(stack, norm):
     old, checkpoint = trained(stack, "batch")
     new = stack(NORMS[norm])

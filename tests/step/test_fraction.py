@@ -109,6 +109,7 @@ class Dropped(nn.Module):
 
 @both_modes
 @both_norms
+@pytest.mark.slow
 def test_at_rate_0_nothing_moves_and_dropout_draws_the_same(norm, mode):
     data, tx = batches(5), optax.sgd(0.0)
     moved = run_quarter(Dropped(norm), tx, data, mode).batch_stats
@@ -120,6 +121,7 @@ def test_at_rate_0_nothing_moves_and_dropout_draws_the_same(norm, mode):
 
 @both_modes
 @both_norms
+@pytest.mark.slow
 def test_inference_on_the_part_is_the_second_forward(norm, mode):
     model, tx, data = Net(norm, layers=2), optax.sgd(0.3), batches(4)
     outputs = []

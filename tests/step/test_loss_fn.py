@@ -242,6 +242,7 @@ WRONG_LOSSES = {
 
 @every_mode
 @pytest.mark.parametrize("loss", WRONG_LOSSES, ids=lambda loss: loss.__name__)
+@pytest.mark.slow
 def test_a_loss_that_would_lose_statistics_is_refused(loss, mode):
     with pytest.raises(ValueError, match=WRONG_LOSSES[loss]):
         step_with(loss, mode)
@@ -264,6 +265,7 @@ def test_training_around_frozen_statistics_is_said():
 
 @pytest.mark.parametrize("last", ["train", "inference"])
 @every_mode
+@pytest.mark.slow
 def test_an_apply_at_inference_beside_one_in_training(mode, last):
     """Consistency losses, gradient penalties: in any order, with the updates of either."""
 
@@ -319,6 +321,7 @@ class Frozen(nn.Module):
 
 @pytest.mark.parametrize("lift", [lambda norm: norm, nn.remat, nn.jit], ids=["", "remat", "jit"])
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
+@pytest.mark.slow
 def test_frozen_norms_beside_moving_ones(lift, fraction):
     state = run(Frozen(lift), optax.sgd(0.1), batches(2), double_forward_fraction=fraction)
     counts = [(stats["count"] > 0).any() for stats in state.batch_stats.values()]
@@ -495,6 +498,7 @@ class Recurrent(nn.Module):
 
 
 @pytest.mark.parametrize("norm", [memorized, endless], ids=["memorized", "endless"])
+@pytest.mark.slow
 def test_a_memory_that_a_scan_carries_is_rewritten_but_not_moved(norm):
     model = Recurrent(norm)
     assert run(model, optax.sgd(0.1), batches(2), "rewrite").step == 2
@@ -536,6 +540,7 @@ class NotBranching(nn.Module):
 @pytest.mark.parametrize("both", [True, False])
 @pytest.mark.parametrize("conditional", ["cond", "switch"])
 @every_mode
+@pytest.mark.slow
 def test_a_memory_inside_of_a_branch_is_one_outside_or_refused(conditional, both, mode):
     model, tx, data = Branching(conditional, both), optax.sgd(0.1), batches(2)
     if mode == "transport" and not both:

@@ -79,6 +79,7 @@ OPTIMIZERS = {
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.filterwarnings("ignore:.*linesearch.*:UserWarning")
+@pytest.mark.slow
 def test_optimizers_that_take_more_than_gradients_train_a_donated_state(name):
     tx = OPTIMIZERS[name]()
     model, state = created(tx)
@@ -98,6 +99,7 @@ def test_a_plateau_is_seen_in_the_loss_of_the_step():
 
 
 @pytest.mark.filterwarnings("ignore:.*linesearch.*:UserWarning")
+@pytest.mark.slow
 def test_a_line_search_on_two_devices_is_that_on_one():
     model, tx = Net(functools.partial(memorized, axis_name=AXIS_NAME)), optax.lbfgs()
     data = batches(3)

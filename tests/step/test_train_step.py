@@ -53,6 +53,7 @@ def assert_trees_equal(a, b, **tolerance):
 
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
 @pytest.mark.parametrize("double_forward", ["off", "rewrite"])
+@pytest.mark.slow
 def test_equals_two_applies_written_by_hand(norm, double_forward, batches):
     model, tx = Net(norm), optax.sgd(0.1, momentum=0.9)
     step = jax.jit(make_train_step(model.apply, tx, loss_fn, double_forward=double_forward))
@@ -128,6 +129,7 @@ def test_inference_on_the_batch_equals_the_second_forward(batches):
 
 
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+@pytest.mark.slow
 def test_dropout_is_the_same_in_both_forwards(norm, batches):
     model, tx = Net(norm, dropout=0.5), optax.sgd(0.0)
     state = make_state(model, tx, batches[0])

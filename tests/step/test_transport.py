@@ -96,6 +96,7 @@ def assert_that_at_rate_0_nothing_moves():
                 np.testing.assert_array_equal(new[name][1:], old[name][:-1])
 
 
+@pytest.mark.slow
 def test_at_rate_0_nothing_moves():
     # In a process of its own: the tests compile without optimization, where the two forwards may
     # round differently.

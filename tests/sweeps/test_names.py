@@ -15,7 +15,10 @@ from mbn_jax.sweeps.results import AXIS, VALUE, read_results
 from mbn_jax.sweeps.runner import with_room
 
 # The tests play the runner.
-pytestmark = pytest.mark.filterwarnings("ignore:Heartbeat of storage:UserWarning")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.filterwarnings("ignore:Heartbeat of storage:UserWarning"),
+]
 
 # Columns of the results, of their summary and of the report's tables, or labels of these.
 NAMES = (

@@ -75,6 +75,7 @@ def workdir(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.slow
 def test_the_page_stands_alone(workdir):
     page = (workdir / "report.html").read_text()
     assert "<h1>Norms &lt;and&gt; sizes</h1>" in page

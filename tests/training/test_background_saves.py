@@ -124,6 +124,7 @@ def test_what_is_saved_is_the_state_at_the_save_though_its_buffers_are_donated(
 
 
 @pytest.mark.parametrize("hold_up", [hold_up_writing, hold_up_sealing])
+@pytest.mark.slow
 def test_training_does_not_wait_for_the_disk(config, tmp_path, monkeypatch, gate, hold_up):
     train(config, tmp_path / "whole")
     seals = []

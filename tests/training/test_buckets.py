@@ -44,6 +44,7 @@ def assert_same_run(config, folder, address):
         assert_same_bits(*(final_state(ONE_DEVICE, config, x) for x in (folder, found.folder)))
 
 
+@pytest.mark.slow
 def test_a_run_in_a_bucket_is_stopped_and_resumes_on_another_machine(
     config, tmp_path, bucket, capsys
 ):

@@ -35,6 +35,8 @@ from mbn_jax.training.steps import BatchStack, build_train_step
 from mbn_jax.training.task import Task
 from mbn_jax.training.workdir import CHECKPOINTS
 
+pytestmark = pytest.mark.slow
+
 TIMES = {"images_per_second"}
 PROGRAMS = Programs()
 """Of all tests: compiling takes longer than running."""
@@ -323,7 +325,6 @@ def test_a_run_is_recalibrated_after_it_too(config, tmp_path):
     assert recalibrated["loss"] == pytest.approx(values["recalibrated_test_loss"], rel=1e-6)
 
 
-@pytest.mark.slow
 def test_a_network_that_keeps_less_is_trained_measured_and_recalibrated(config, tmp_path):
     values = {}
     config.recalibrate_batches = 1
@@ -511,7 +512,6 @@ def test_random_crops_on_the_host_train_alike_by_threads_and_by_processes(config
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-3
 
 
-@pytest.mark.slow
 def test_one_device_and_eight_give_the_same_run(config, tmp_path):
     config.num_epochs = 0.3
     script = tmp_path / "config.py"

@@ -48,6 +48,7 @@ def own_config(**changes):
 train = functools.partial(train, programs=TWO_DEVICES)
 
 
+@pytest.mark.slow
 def test_what_a_config_names_is_trained_evaluated_recorded_and_resumed(tmp_path):
     config = own_config(double_forward="transport", recalibrate_batches=2, shift__every_steps=8)
     config.model.kwargs.widths = (3,)
@@ -75,12 +76,14 @@ def test_what_a_config_names_is_trained_evaluated_recorded_and_resumed(tmp_path)
 
 
 @pytest.mark.parametrize("norm", ["SlowNorm", "slow_norm"])
+@pytest.mark.slow
 def test_a_norm_of_ones_own_is_recalibrated_too(tmp_path, norm):
     config = own_config(norm__name=f"own_code:{norm}", recalibrate_batches=2, num_epochs=1.0)
     values = train(config, tmp_path)
     assert values["recalibrated_test_loss"] != values["test_loss"]
 
 
+@pytest.mark.slow
 def test_evaluation_is_exact_with_a_padded_last_batch(tmp_path):
     config = own_config(num_epochs=0.25)
     values = train(config, tmp_path)  # 22 examples, in batches of 16.

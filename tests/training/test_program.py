@@ -13,6 +13,8 @@ from mbn_jax.training.program import QUICKLY, Programs
 from mbn_jax.training.start import find_start
 from mbn_jax.training.steps import init_state
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def config(data_dir):

@@ -14,6 +14,8 @@ from mbn_jax.training.reporting import read_metrics
 from mbn_jax.training.shift import measure_shift
 from mbn_jax.training.steps import train_steps
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def config(data_dir):

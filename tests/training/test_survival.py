@@ -79,6 +79,7 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize("step", [3, 10, 13, 39])
+@pytest.mark.slow
 def test_a_run_that_is_asked_to_stop_saves_there_and_resumes_bit_for_bit(
     config, tmp_path, whole, step
 ):
@@ -213,6 +214,7 @@ def put_garbage_in_the_middle(path):
         ("metrics.jsonl", put_garbage_in_the_middle, "Line 3 of .*metrics.jsonl is damaged", None),
     ],
 )
+@pytest.mark.slow
 def test_damage_to_the_other_files_of_a_run_is_named(
     finished_run, tmp_path, name, damage, of_training, of_evaluation
 ):
@@ -399,6 +401,7 @@ def test_divergence_names_step_rate_and_the_first_layer(config, tmp_path):
 
 
 @pytest.mark.parametrize("bad", ["MemorizedBatchNorm_1", None])
+@pytest.mark.slow
 def test_the_layer_that_is_named_is_the_one_that_was_bad(config, tmp_path, monkeypatch, bad):
     """Parameters are made bad from step 12 on, at one place of the network."""
     place = {"MemorizedBatchNorm_1": "Conv_1", None: "Dense_0"}[bad]
@@ -460,6 +463,7 @@ def wait_for_records(workdir, process, count):
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 def test_sigterm_saves_and_ends_with_a_status_of_its_own(small, tmp_path):
     small.num_epochs = 200.0
     small.dataset.max_bytes_in_memory = 0

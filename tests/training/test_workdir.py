@@ -85,6 +85,7 @@ with only_writer(pathlib.Path(sys.argv[1])):
 """
 
 
+@pytest.mark.slow
 def test_a_second_writer_is_told_who_the_first_one_is(run, config, monkeypatch):
     process = subprocess.Popen(
         [sys.executable, "-c", HOLD, str(run)], stdout=subprocess.PIPE, text=True
@@ -192,6 +193,7 @@ def test_a_run_resumes_with_another_record_but_not_with_another_training(run, co
             train(with_fields(other, {field: value}, "the test"), run, programs=ONE_DEVICE)
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_lengthened_to_that_which_it_would_have_been(run, config, tmp_path):
     longer = changed(config, num_epochs=3.0)
     assert train(longer, run, programs=ONE_DEVICE)["step"] == 12
@@ -217,6 +219,7 @@ def test_a_run_that_goes_by_its_end_is_not_lengthened(config, tmp_path, values, 
         train(changed(config, num_epochs=3.0), tmp_path, programs=ONE_DEVICE)
 
 
+@pytest.mark.slow
 def test_a_run_starts_with_the_weights_of_another(finished, config, tmp_path):
     """At a rate that moves nothing, the weights are those, whatever the optimizer."""
     other = changed(
@@ -262,6 +265,7 @@ GROWING = {"norm.memory_schedule.start_size": 2, "norm.memory_schedule.end": 0.5
         ({"norm.name": "batch"}, {"norm.name": "batch_renorm"}),
     ],
 )
+@pytest.mark.slow
 def test_a_run_that_starts_from_another_begins_its_schedules_anew(
     config, tmp_path, values, changes
 ):
@@ -337,6 +341,7 @@ def test_checkpoints_of_another_interval_are_kept_like_all(tmp_path):
     assert kept(tmp_path) == [20, 30, 35, 42]
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_between_dispatches_misses_nothing_that_is_due(config, tmp_path):
     """Lengthened from step 5, or with another `steps_per_dispatch`."""
     config = changed(config, steps_per_dispatch=4, log_every_steps=4, eval_every_steps=8)
