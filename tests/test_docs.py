@@ -128,6 +128,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
+@pytest.mark.slow
 def test_commands_in_the_docs_parse(words, monkeypatch):
     monkeypatch.chdir(ROOT)
     program, *words = placeholders_filled(words)

@@ -100,6 +100,7 @@ def dependencies_in_memory():
     return packages_in_memory(", ".join(sorted({*LIBRARY_PACKAGES, "flax.nnx"})))
 
 
+@pytest.mark.slow
 def test_importing_the_library_brings_no_package_but_its_dependencies(dependencies_in_memory):
     library = ["mbn_jax", *(name for name in MODULES if room(name) in LIBRARY)]
     brought = packages_in_memory(", ".join(library)) - dependencies_in_memory
@@ -133,6 +134,7 @@ ARGUMENTS = {
 
 
 @pytest.mark.parametrize("is_missing", ["all", "ml_collections"])
+@pytest.mark.slow
 def test_commands_without_the_extra_say_so(dependencies_in_memory, is_missing):
     missing = sorted((TRAIN_PACKAGES | INDIRECT) - dependencies_in_memory)
     assert "optuna" in missing

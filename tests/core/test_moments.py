@@ -55,6 +55,7 @@ MASKS = {
 
 @pytest.mark.parametrize("poison", [0.0, np.nan, np.inf, -np.inf, 3e38])
 @pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
+@pytest.mark.slow
 def test_masked_elements_count_nowhere(mask, poison, estimator):
     x = normal((6, 4, 3), seed=3)
     kept = np.broadcast_to(mask, x.shape)

@@ -428,6 +428,7 @@ def grey16():
         ("text", b"no image", 1, {}, "cannot be read .* its record files are damaged"),
     ],
 )
+@pytest.mark.slow
 def test_examples_that_are_not_what_their_set_declares(
     tmp_path, name, odd, label, options, message
 ):

@@ -133,6 +133,7 @@ def started_on(norm, shape):
 @every_norm
 @pytest.mark.parametrize("inference", [False, True])
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+@pytest.mark.slow
 def test_output_has_the_shape_of_the_input_and_the_dtype_asked_for(norm, dtype, inference):
     x = normal(4, 5, 3)
     _, variables = started(norm, x)
@@ -214,6 +215,7 @@ def test_use_running_average_is_given_once_here_or_there(norm):
 
 @every_norm
 @pytest.mark.parametrize("inference", [False, True])
+@pytest.mark.slow
 def test_jit_equals_eager(norm, inference):
     x = normal(4, 5, 3)
     _, variables = started(norm, x)
@@ -223,6 +225,7 @@ def test_jit_equals_eager(norm, inference):
 
 @every_statistical_norm
 @pytest.mark.parametrize("poison", [np.nan, np.inf, -1e30])
+@pytest.mark.slow
 def test_masked_elements_change_nothing(norm, poison):
     x = normal(6, 5, 3)
     # Rows, positions and features.
@@ -422,6 +425,7 @@ def test_one_slot_is_batch_normalization(gradient, fast):
     ("memory_size", "decay", "gradient"),
     [(1, 0.9, "auto"), (3, 1.0, "through"), (3, 0.6, "renorm"), (8, 0.9, "auto")],
 )
+@pytest.mark.slow
 def test_steps_are_those_of_the_reference(memory_size, decay, gradient, fast, masked):
     expected = reference.ReferenceMBN(memory_size, decay)
     layer = MemorizedBatchNorm(
@@ -461,6 +465,7 @@ def test_data_far_from_zero_are_normalized_as_exactly_as_they_are_given(fast):
 
 
 @pytest.mark.parametrize("axis", [1, (1, 2)])
+@pytest.mark.slow
 def test_complex_steps_are_those_of_the_reference(axis):
     expected = reference.ReferenceMBN(3, 0.8, axis)
     layer = MemorizedBatchNorm(memory_size=3, decay=0.8, axis=axis)
@@ -477,6 +482,7 @@ def test_complex_steps_are_those_of_the_reference(axis):
 
 
 @pytest.mark.parametrize("dtype", [np.float64, np.complex128])
+@pytest.mark.slow
 def test_double_precision_steps_are_those_of_the_reference(dtype):
     expected = reference.ReferenceMBN(3, 0.8)
     with jax.enable_x64(True):
@@ -763,6 +769,7 @@ def test_input_gradients_are_those_derived_by_hand(gradient, fast):
 
 
 @pytest.mark.parametrize(("rows", "rule"), [(1, "through"), (2, "through"), (3, "renorm")])
+@pytest.mark.slow
 def test_auto_is_through_up_to_two_values_and_renorm_beyond(rows, rule):
     x, g = normal(rows, 3), normal(rows, 3, seed=1)
     close(input_gradient(plain(gradient="auto"), x, g), hand_derived(rule, x, g, WEIGHTS[0]))
@@ -790,6 +797,7 @@ def test_auto_counts_the_devices_that_share_statistics(devices, groups, rule):
 
 
 @pytest.mark.parametrize("gradient", ["through", "renorm"])
+@pytest.mark.slow
 def test_the_memory_is_a_constant(gradient):
     x1, x2 = normal(6, 3, mean=1), normal(6, 3, seed=1)
     norm = plain(gradient=gradient)

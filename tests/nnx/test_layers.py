@@ -179,6 +179,7 @@ def test_the_memory_size_of_a_model_is_changed_without_compiling_again():
 
 
 @pytest.mark.parametrize("dtype", ["float64", "complex64"])
+@pytest.mark.slow
 def test_statistics_are_wide_where_the_layer_is_made_so(dtype):
     with jax.enable_x64(True):
         layer = MemorizedBatchNorm(3, memory_size=2, dtype=jnp.dtype(dtype), rngs=rngs())

@@ -54,6 +54,7 @@ def inferred(model, x):
 
 
 @every_norm
+@pytest.mark.slow
 def test_folded_into_batch_norm_the_output_at_inference_is_the_same(norm):
     model, _ = trained(norm)
     deployed = Net(nnx.BatchNorm, seed=1)
@@ -63,6 +64,7 @@ def test_folded_into_batch_norm_the_output_at_inference_is_the_same(norm):
 
 
 @every_norm
+@pytest.mark.slow
 def test_started_from_batch_norm_the_output_at_inference_is_the_same(norm):
     checkpoint, _ = trained(nnx.BatchNorm)
     model = Net(norm, seed=1)
@@ -92,6 +94,7 @@ def test_models_that_differ_are_refused_by_name():
 
 
 @pytest.mark.parametrize("norm", [*NORMS.values(), nnx.BatchNorm], ids=[*NORMS, "batch"])
+@pytest.mark.slow
 def test_recalibrated_statistics_are_those_of_all_the_batches(norm):
     model, _ = trained(norm)
     data = batches(3, size=8, seed=4)

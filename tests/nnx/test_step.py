@@ -182,6 +182,7 @@ class Twice(Net):
         return super().__call__(x) + self.head(self.again(self.denses[0](x + 1)))
 
 
+@pytest.mark.slow
 def test_a_layer_of_two_names_that_is_called_twice_moves_by_its_own_shifts():
     data, tx = batches(3), optax.sgd(0.1)
     model = Twice()
@@ -198,6 +199,7 @@ def written(model, state):
     return model
 
 
+@pytest.mark.slow
 def test_a_loss_may_call_the_model_several_times():
     data, tx = batches(3), optax.sgd(0.1)
 

@@ -85,6 +85,7 @@ def assert_close(a, b, **tolerance):
 
 
 @pytest.mark.parametrize("norm", NORMS.values(), ids=NORMS)
+@pytest.mark.slow
 def test_eight_synced_devices_equal_one(norm):
     one, _ = run(norm)
     for runtime in RUNTIMES:

@@ -241,6 +241,7 @@ def test_hosts_resume_in_a_bucket(data_dir, tmp_path, bucket):
         assert steps == ["12", "6"]
 
 
+@pytest.mark.slow
 def test_where_one_host_cannot_start_none_does(data_dir, tmp_path):
     config = config_of(data_dir)
     results = start(by_flags(2), config, [tmp_path / "first", tmp_path / "other"], [1, 1])

@@ -85,6 +85,7 @@ def test_folded_into_batch_norm_the_network_infers_the_same(norm):
 
 
 @every_norm
+@pytest.mark.slow
 def test_started_from_a_batch_norm_checkpoint_the_network_infers_the_same(norm):
     batch_norm, model, x = Net(nn.BatchNorm), Net(NORMS[norm]), data(seed=1)[0]
     checkpoint = variables_of(trained(batch_norm))
@@ -129,6 +130,7 @@ def test_what_cannot_be_folded_or_started_from_is_refused():
         to_batch_norm(both)
 
 
+@pytest.mark.slow
 def test_arrays_of_other_layers_come_from_the_checkpoint():
     class Spectral(nn.Module):
         norm: object
@@ -215,6 +217,7 @@ def test_recalibrated_statistics_are_those_of_the_training_data(norm):
         np.testing.assert_allclose(got, wanted, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_averaged_weights_need_recalibration_and_get_it():
     model = Net(NORMS["memorized"])
     ends = [trained(model, steps=steps) for steps in (1, 4)]

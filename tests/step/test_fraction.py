@@ -39,6 +39,7 @@ both_norms = pytest.mark.parametrize("norm", [memorized, endless], ids=["memoriz
 
 
 @both_modes
+@pytest.mark.slow
 def test_a_part_that_is_the_batch_is_the_full_scheme(mode):
     # Small steps, so that no bound binds.
     data, tx = batches(4), optax.sgd(0.1)
@@ -150,6 +151,7 @@ def test_inference_on_the_part_is_the_second_forward(norm, mode):
 
 
 @both_modes
+@pytest.mark.slow
 def test_devices_pool_their_parts(mode):
     norm = functools.partial(memorized, axis_name=AXIS_NAME)
     model, tx, data = Net(norm), optax.sgd(0.2), batches(3)
@@ -167,6 +169,7 @@ def test_devices_pool_their_parts(mode):
 
 
 @pytest.mark.parametrize("kept", [0, 4, 5])
+@pytest.mark.slow
 def test_masked_examples_of_the_part_tell_nothing(kept):
     class Masked(nn.Module):
         @nn.compact
@@ -239,6 +242,7 @@ class Lifted(nn.Module):
         return layer(use_running_average=not train)(x[None])[0]
 
 
+@pytest.mark.slow
 def test_what_cannot_be_done_is_refused():
     data, tx = batches(1), optax.sgd(0.1)
     for norm in (nn.BatchNorm, BatchRenorm):
@@ -283,6 +287,7 @@ def test_a_model_without_statistics_is_left_alone():
     assert run_quarter(Plain(), optax.sgd(0.1), batches(2), "rewrite").step == 2
 
 
+@pytest.mark.slow
 def test_the_part_is_recorded_while_it_is_asked_for():
     model, x = Net(), batches(1)[0]
     variables = model.init(jax.random.key(0), x, train=False)

@@ -61,6 +61,7 @@ def test_two_applies_push_two_slots_a_step(mode):
 
 
 @pytest.mark.parametrize("mode", ["rewrite", "transport"])
+@pytest.mark.slow
 def test_two_applies_at_rate_0_leave_what_off_leaves(mode):
     # Two programs, in which one batch's moments round alike within some units in the last place.
     check = functools.partial(np.testing.assert_allclose, rtol=2e-6, atol=2e-6)
@@ -382,6 +383,7 @@ def test_an_axis_that_is_not_bound_is_said():
 
 
 @pytest.mark.parametrize("norm", [memorized, nn.BatchNorm], ids=["memorized", "batch"])
+@pytest.mark.slow
 def test_step_and_layers_must_mean_the_same_devices(norm):
     tx, x, devices = optax.sgd(0.1), batches(2), jax.devices()[:2]
 
@@ -453,6 +455,7 @@ def test_on_a_mesh_of_two_axes_step_and_layers_name_both(of_layer, of_step, mess
     )
 
 
+@pytest.mark.slow
 def test_an_axis_inside_of_the_model_is_the_models_own():
     class Members(nn.Module):
         @nn.compact

@@ -39,6 +39,7 @@ def test_frozen_variables_are_taken():
 
 
 @pytest.mark.parametrize("make_key", [jax.random.key, jax.random.PRNGKey])
+@pytest.mark.slow
 def test_flax_serialization_restores_the_state_to_the_bit(make_key):
     tx, data = optax.adam(0.1), batches(4)
     model, state = created(tx, key=make_key(1))

@@ -90,6 +90,7 @@ def test_equals_two_applies_written_by_hand(norm, double_forward, batches):
     assert float(metrics["examples"]) == 16
 
 
+@pytest.mark.slow
 def test_rewriting_pushes_one_slot_a_step_and_describes_the_new_parameters(batches):
     model, tx = Net(MemorizedBatchNorm), optax.sgd(0.5)
     before = make_state(model, tx, batches[0])
@@ -109,6 +110,7 @@ def test_rewriting_pushes_one_slot_a_step_and_describes_the_new_parameters(batch
     assert np.abs(stale - new_mean).max() > 1e-2
 
 
+@pytest.mark.slow
 def test_inference_on_the_batch_equals_the_second_forward(batches):
     model, tx = Net(MemorizedBatchNorm), optax.sgd(0.5)
     step = jax.jit(make_train_step(model.apply, tx, loss_fn))

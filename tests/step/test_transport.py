@@ -117,6 +117,7 @@ def test_at_rate_0_a_memory_without_end_does_not_move():
 
 
 @pytest.mark.parametrize("norm", [memorized, endless], ids=["memorized", "endless"])
+@pytest.mark.slow
 def test_inference_on_the_batch_is_the_second_forward(norm):
     data, model, tx = batches(4), Net(norm, layers=2), optax.sgd(0.3)
     before = run(model, tx, data[:3])
@@ -145,6 +146,7 @@ def test_inference_on_the_batch_is_the_second_forward(norm):
 
 
 @pytest.mark.parametrize("norm", [memorized, endless], ids=["memorized", "endless"])
+@pytest.mark.slow
 def test_what_is_kept_is_nearer_to_the_current_network(norm):
     # With a mean, as a layer's inputs have after a ReLU: most of a shift is common to all batches.
     data, tx = batches(20) + 1, optax.sgd(0.003)
@@ -212,6 +214,7 @@ def test_masked_rows_move_nothing():
 
 
 @pytest.mark.parametrize("calls", [2, 3])
+@pytest.mark.slow
 def test_a_layer_called_several_times_moves_the_slots_of_each_call_by_its_own_shift(calls):
     class Several(nn.Module):
         @nn.compact
@@ -263,6 +266,7 @@ def test_so_few_values_that_their_shift_is_noise_move_nothing(size, moves):
     assert differs == moves
 
 
+@pytest.mark.slow
 def test_local_statistics_move_by_the_shift_of_their_own_batch():
     model, tx, data = Net(), optax.sgd(0.2), batches(3, size=16)
     variables = model.init(jax.random.key(0), data[0], train=False)
@@ -352,6 +356,7 @@ def test_other_norms_beside_a_memory_are_left_alone():
 
 
 @pytest.mark.parametrize("virtual", [False, True])
+@pytest.mark.slow
 def test_eight_devices_move_as_one(virtual):
     norm = functools.partial(memorized, axis_name=AXIS_NAME)
     if virtual:  # Of two groups on each device, each over all devices.
@@ -387,6 +392,7 @@ def test_in_bfloat16_the_statistics_move_in_float32():
     np.testing.assert_allclose(stats_of(state)["mean"], exact["mean"], atol=3e-2)
 
 
+@pytest.mark.slow
 def test_memory_size_and_decay_may_be_traced():
     data, tx = batches(4), optax.sgd(0.2)
 

@@ -253,6 +253,7 @@ def test_another_meaning_of_a_variant_is_refused(write_sweep, tmp_path):
 
 
 @pytest.mark.usefixtures("share_programs")
+@pytest.mark.slow
 def test_a_sweep_may_move_to_another_folder(write_sweep, tmp_path, monkeypatch):
     path = write_sweep({"norm.memory_size": (1, 4)})
     run(path, [], None, tmp_path / "here")
@@ -262,6 +263,7 @@ def test_a_sweep_may_move_to_another_folder(write_sweep, tmp_path, monkeypatch):
 
 
 @pytest.mark.usefixtures("share_programs")
+@pytest.mark.slow
 def test_a_whole_number_among_fractions_is_a_fraction(write_sweep, tmp_path):
     axes = {"optimizer.weight_decay": (0, 0.1), "norm.decay": (1, 0.5)}
     assert run(write_sweep(axes), [], None, tmp_path / "sweep") == {"finished": 4}
@@ -352,6 +354,7 @@ def test_the_seconds_of_a_member_are_those_of_all_attempts(write_sweep, tmp_path
     assert set(tidy(read_results(study))["seconds"]) == {320.0}
 
 
+@pytest.mark.slow
 def test_a_runner_waits_for_the_one_that_writes_to_its_folder(write_sweep, tmp_path, fake_train):
     path, workdir = write_sweep({"norm.decay": (0.5,)}), tmp_path / "sweep"
     folder = workdir / "members" / "decay=0.5,seed=0"
@@ -515,6 +518,7 @@ def test_an_interrupted_sweep_requeues_its_members(
 
 
 @pytest.mark.usefixtures("fake_train")
+@pytest.mark.slow
 def test_results_are_one_tidy_table(write_sweep, tmp_path):
     axes = {
         "variant": {"small": {"norm.memory_size": 2, "norm.gradient": "through"}, "default": {}},
@@ -664,6 +668,7 @@ def test_a_report_needs_a_sweep(tmp_path):
         report_command([str(tmp_path), f"--storage=sqlite:///{tmp_path}/other.db"])
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_made_ends_the_sweep(write_sweep, tmp_path, fake_train):
     path = write_sweep({"norm.decay": (0.5, 0.9)})
     workdir = tmp_path / "sweep"

@@ -212,6 +212,7 @@ FAILURES = [fail_to_seal, fail_to_commit, fail_to_write]
 @pytest.mark.parametrize(
     "notice", [next_save, at_last_check, Checkpoints.wait, Checkpoints.restore, Checkpoints.close]
 )
+@pytest.mark.slow
 def test_an_error_in_the_background_is_raised_by_whatever_comes_next(
     tmp_path, monkeypatch, fail, notice
 ):
@@ -292,6 +293,7 @@ def test_a_run_whose_other_host_is_lost_does_not_wait_for_it(config, tmp_path, m
     assert not (tmp_path / CHECKPOINTS / "10" / SEAL).exists()
 
 
+@pytest.mark.slow
 def test_threads_of_a_process_save_at_the_same_time(tmp_path):
     """As members of a sweep do: Orbax keeps globals for the saves of a process."""
     failed = []

@@ -135,6 +135,7 @@ DAMAGE = {"flipped": flip_a_bit, "cut": cut_in_half, "deleted": pathlib.Path.unl
 
 
 @pytest.mark.parametrize("damage", DAMAGE.values(), ids=DAMAGE)
+@pytest.mark.slow
 def test_damage_to_any_file_of_a_checkpoint_is_named_and_the_one_before_restored(
     three_checkpoints, tmp_path, caplog, damage
 ):
@@ -351,6 +352,7 @@ def test_a_full_disk_ends_a_run_in_one_sentence_and_it_resumes_when_there_is_spa
 
 
 @pytest.mark.parametrize("number", [28, 30], ids=["full", "read-only"])
+@pytest.mark.slow
 def test_a_disk_that_is_full_or_read_only_is_told_wherever_it_is_noticed(
     config, tmp_path, monkeypatch, number
 ):
@@ -597,6 +599,7 @@ def no_pickle(monkeypatch):
 
 
 @pytest.mark.usefixtures("no_pickle")
+@pytest.mark.slow
 def test_nothing_that_is_read_is_unpickled(finished_run, tmp_path):
     config, run, values = finished_run
     assert train(config, run) == values

@@ -159,6 +159,7 @@ def test_a_value_of_another_type_is_refused(run):
         load_config(run)
 
 
+@pytest.mark.slow
 def test_a_run_resumes_with_another_record_but_not_with_another_training(run, config, data_dir):
     assert set(MAY_CHANGE) <= set(fields(config))
     moved = shutil.copytree(data_dir, run.parent / "moved")
@@ -294,6 +295,7 @@ def test_a_run_that_starts_from_another_begins_its_schedules_anew(
         )
 
 
+@pytest.mark.slow
 def test_the_best_checkpoint_is_kept_and_evaluated(config, tmp_path):
     state = replicate(small_state(), ONE_DEVICE.devices)
     checkpoints = Checkpoints(tmp_path / "kept", keep=2, keep_best=True)
@@ -390,6 +392,7 @@ def test_a_key_is_restored_as_it_was_saved_whatever_the_default_is(tmp_path, sav
     checkpoints.close()
 
 
+@pytest.mark.slow
 def test_a_run_resumes_and_evaluates_under_another_random_implementation(run, config, tmp_path):
     longer = changed(config, num_epochs=3.0)
     with jax.default_prng_impl("rbg"):
@@ -418,6 +421,7 @@ def test_records_that_are_not_finite_are_json_and_come_back(tmp_path):
     assert math.isnan(read_metrics(tmp_path)[0]["train_loss"])
 
 
+@pytest.mark.slow
 def test_what_asyncio_says_late_of_a_full_disk_is_silent(caplog):
     async def fail(error):
         raise error
