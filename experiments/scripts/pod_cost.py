@@ -4,9 +4,10 @@ r"""What a training step of a config costs on a pod that is not there: compiled 
         --config.batch_size=8192
 
 Compiles the step of the run for all chips of a topology that is not there, and prints a table:
-all-reduces and the bytes that they carry, FLOPs, bytes accessed, temporary memory a chip, and the
-compiler's own estimate of the time, each a ratio to the first row where that says more. `fits`
-compares arguments and temporary memory with the chip's.
+all-reduces and the bytes that they carry, FLOPs, bytes accessed, temporary memory a chip, what of
+it is alive at once (the rest is lost between arrays), and the compiler's own estimate of the time,
+each a ratio to the first row where that says more. `fits` compares arguments and temporary memory
+with the chip's.
 TPU topologies need pip's libtpu alone (`pip install '.[train,tpu]'`). `--topology=h100:64` needs
 JAX's CUDA plugin (`pip install '.[train,cuda]'`), and prints neither FLOPs, bytes nor an estimate:
 that compiler has none; what cuDNN takes beside the arrays is not counted.
@@ -30,6 +31,7 @@ from typing import Any
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from live_memory import alive_at_once
 from ml_collections import ConfigDict
 from topologies import MEMORY_GIB, topology_devices
 
@@ -169,6 +171,7 @@ def measure(config: ConfigDict, split: Split, devices: list[Any]) -> dict[str, f
         "FLOPs": cost.get("flops", math.nan),
         "bytes": cost.get("bytes accessed", math.nan),
         "memory": memory.temp_size_in_bytes,
+        "alive": alive_at_once(text),
         "needed": memory.temp_size_in_bytes + memory.argument_size_in_bytes,
         "estimate": estimated_seconds(cost.get("optimal_seconds", math.nan), text),
         "compiled in": time.perf_counter() - begin,
@@ -188,7 +191,7 @@ def row_of(name: str, found: dict[str, float], base: dict[str, float], gib: int 
         name,
         f"{found['all-reduces']} + {found['other collectives']}",
         f"{found['KiB carried']:.1f}",
-        *(ratio(found, base, key) for key in ("FLOPs", "bytes", "memory")),
+        *(ratio(found, base, key) for key in ("FLOPs", "bytes", "memory", "alive")),
         f"{found['estimate'] * 1e3:.3f} ms ({ratio(found, base, 'estimate')})"
         if found["estimate"] > 0
         else "",
@@ -205,6 +208,7 @@ HEADER = (
     "FLOPs",
     "bytes",
     "temporary memory",
+    "alive at once",
     "estimate",
     "memory a chip",
     "compiled in",

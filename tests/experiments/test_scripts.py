@@ -1,5 +1,6 @@
 """Scripts of experiments/: a step that is compiled and not run, and the table of a sweep."""
 
+import doctest
 import math
 import pathlib
 import sys
@@ -16,6 +17,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "experiments" / "scripts"))
 
 import ceiling_table  # noqa: E402
+import live_memory  # noqa: E402
 import pod_cost  # noqa: E402
 import topologies  # noqa: E402
 
@@ -39,16 +41,18 @@ def test_a_step_is_compiled_for_all_devices_from_shapes_alone(case, all_reduces)
     params = 9 * 4 + 9 * 4 * 4 + 4 * 4 + 4 * 10 + 10
     assert params * 4 / 1024 < found["KiB carried"] < params * 8 / 1024
     assert found["FLOPs"] > 0
+    # What is alive at once has room in the memory that the compiler asks for.
+    assert 0.3 * found["memory"] < found["alive"] <= found["memory"]
 
 
 def test_a_row_says_whether_the_step_fits():
     found = {"all-reduces": 1, "other collectives": 0, "KiB carried": 2.0}
-    found |= {"FLOPs": 6.0, "bytes": 4.0, "memory": 3.0, "needed": 20 * 2**30}
+    found |= {"FLOPs": 6.0, "bytes": 4.0, "memory": 3.0, "needed": 20 * 2**30, "alive": 2.0}
     found |= {"estimate": 2e-3, "compiled in": 1.0}
-    base = {**found, "FLOPs": 4.0, "estimate": 1e-3}
+    base = {**found, "FLOPs": 4.0, "estimate": 1e-3, "alive": 1.0}
     row = pod_cost.row_of("x", found, base, 16)
     assert "| x | 1 + 0 | 2.0 | 1.500 | 1.000 |" in row
-    assert "2.000 ms (2.000) | 20.00 GiB (too large) |" in row
+    assert "1.000 | 2.000 | 2.000 ms (2.000) | 20.00 GiB (too large) |" in row
 
 
 def test_an_estimate_leaves_out_the_penalty_of_operations_that_cost_nothing():
@@ -90,10 +94,16 @@ def test_a_topology_unknown_to_libtpu_is_refused(monkeypatch):
 
 
 def test_a_row_leaves_out_what_the_compiler_does_not_say():
-    found = {"all-reduces": 4, "other collectives": 0, "KiB carried": 2.0, "memory": 3.0}
+    found = {
+        "all-reduces": 4,
+        "other collectives": 0,
+        "KiB carried": 2.0,
+        "memory": 3.0,
+        "alive": 2.0,
+    }
     found |= {"FLOPs": math.nan, "bytes": math.nan, "estimate": math.nan, "needed": 2**30}
     row = pod_cost.row_of("x", found | {"compiled in": 1.0}, found, 80)
-    assert row == "| x | 4 + 0 | 2.0 |  |  | 1.000 |  | 1.00 GiB (fits) | 1 s |"
+    assert row == "| x | 4 + 0 | 2.0 |  |  | 1.000 | 1.000 |  | 1.00 GiB (fits) | 1 s |"
 
 
 def test_the_table_has_mean_and_interval_of_each_setting(tmp_path):
@@ -142,3 +152,10 @@ def test_differences_are_paired_by_seed():
 def test_the_settings_compared_are_members_of_the_sweep():
     sweep, _ = load_sweep(str(ROOT / "experiments" / "ceiling.py"), [], None)
     assert {name for pair in ceiling_table.PAIRS for name in pair} <= set(sweep.axes["norm"])
+
+
+@pytest.mark.parametrize("module", [live_memory, pod_cost])
+def test_the_examples_in_docstrings_are_right(module):
+    found = doctest.testmod(module)
+    assert found.attempted
+    assert not found.failed
