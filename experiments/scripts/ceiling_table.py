@@ -16,28 +16,29 @@ import pandas as pd
 from mbn_jax.sweeps.summary import interval
 
 SIZES = (2, 4, 8)
+MEMORIES = ("perfect memory", "transport")
 LINES = {"batch": "C0", "perfect memory": "C2", "transport": "C1", "moving average": "C3"}
-
 
 PAIRS = (
     *(
-        (f"{norm} 2, {kind}", f"{other}, {kind}")
+        (f"{norm}, {kind}", f"{other}, {kind}")
         for kind in ("plain", "standardized")
         for norm, other in (
-            ("batch", "batch 32"),
-            ("perfect memory", "batch 2"),
-            ("transport", "batch 2"),
-            ("transport", "perfect memory 2"),
-            ("transport", "off 2"),
-            ("moving average", "batch 2"),
+            *((f"batch {n}", "batch 32") for n in SIZES),
+            *((f"{norm} {n}", f"batch {n}") for norm in MEMORIES for n in SIZES),
+            ("transport 2", "perfect memory 2"),
+            ("transport 2", "off 2"),
+            ("moving average 2", "batch 2"),
+            ("forward 2, backward 32", "batch 2"),
+            ("group", "batch 2"),
+            ("group", "batch 32"),
         )
     ),
-    ("perfect memory 4, plain", "batch 4, plain"),
     *(
         (f"{norm}, standardized", f"{norm}, plain")
-        for norm in ("batch 2", "group", "moving average 2")
+        for norm in ("batch 2", "batch 32", "group", "moving average 2")
     ),
-    ("group, standardized", "batch 2, standardized"),
+    *((f"moving average {n}, standardized", f"batch {n}, standardized") for n in (4, 8)),
     *(
         ("moving average 2, standardized", f"{other}, standardized")
         for other in (
@@ -47,6 +48,7 @@ PAIRS = (
             "group",
         )
     ),
+    ("moving average 2, standardized", "moving average 2, centered"),
 )
 """Settings whose errors are compared."""
 
