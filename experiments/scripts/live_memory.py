@@ -40,7 +40,8 @@ def alive_at_once(text: str) -> int:
 
     It goes through the operations in the order in which the compiled program runs them; an array
     is alive from its operation to its last use. What the program returns has memory of its own, and
-    does not count. No packing of these arrays into memory needs less.
+    does not count. The compiler may ask for a little less, where an operation overwrites its input,
+    and for more, where it leaves room between arrays.
 
     Args:
       text: of a compiled program, `compiled.as_text()`.

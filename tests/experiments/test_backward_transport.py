@@ -70,8 +70,9 @@ def test_the_second_pass_finds_the_sums_of_the_step_where_nothing_was_updated(st
     for found, expected in zip(jax.tree.leaves(sums), recorded, strict=True):
         # Sums of some 500 float32 products, ordered otherwise by the compiler.
         np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
-    for mode in study.MODES[1:]:
-        moved = study.moved(kept, written, sums, mode, 1e-5)
+    shifts = jax.tree.map(jnp.subtract, sums, study.recorded_sums(kept, sums))
+    for mode in (study.OWN, study.SHARED, study.BOTH):
+        moved = study.moved(kept, written, shifts, mode, 1e-5)
         jax.tree.map(
             lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-4, atol=1e-5),
             moved,
@@ -96,6 +97,7 @@ def layer(forward, sums):
         (study.OWN, [[0.5, -0.5], [0.1, 0.1]]),
         (study.SHARED, [[0.3, -0.2], [0.3, -0.2]]),
         (study.BOTH, [[0.3, -0.2], [0.3, -0.2]]),
+        (study.NEXT, [[0.3, -0.2], [0.3, -0.2]]),
     ],
 )
 def test_every_sum_moves_by_the_shift_of_its_mode(mode, shifts):
@@ -103,7 +105,8 @@ def test_every_sum_moves_by_the_shift_of_its_mode(mode, shifts):
     after = [[1.5, 1.5, 1.0], [3.1, 4.1, 1.0]]
     kept, again = {"norm": layer((0.0, 4.0), before)}, {"norm": layer((0.5, 5.0), before)}
     sums = {"norm": {BACKWARD_SUMS: jnp.asarray(after)[:, :, None]}}
-    moved = study.moved(kept, again, sums, mode, 0.0)["norm"]
+    shifts_of_sums = jax.tree.map(jnp.subtract, sums, study.recorded_sums(kept, sums))
+    moved = study.moved(kept, again, shifts_of_sums, mode, 0.0)["norm"]
     for group, (one, two) in enumerate(shifts):
         slots = moved["backward"][group, :, :, 0]
         expected = [[1 + one, 2 + two, 1]] * (BATCHES - 1) + [[0, 0, 0]]
