@@ -5,11 +5,11 @@ may compile otherwise. These were counted with jax and jaxlib 0.10.2, flax 0.12.
 """
 
 import functools
-import importlib.util
 import json
 import logging
 import pathlib
 import re
+import sys
 
 import flax.linen as nn
 import jax
@@ -32,21 +32,15 @@ from mbn_jax.parallel.devices import (
 from mbn_jax.training.config import default_config
 from mbn_jax.training.loop import train
 
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "experiments" / "scripts"))
+
+import step_cost
+
 pytestmark = pytest.mark.slow
 
-SCRIPT = pathlib.Path(__file__).parents[1] / "experiments" / "scripts" / "step_cost.py"
-
 
 @pytest.fixture(scope="module")
-def step_cost():
-    spec = importlib.util.spec_from_file_location("step_cost", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def counts(step_cost):
+def counts():
     """Counts of a step of ResNet-20 at batch size 32, as ratios to that with flax's BatchNorm."""
     step = functools.cache(
         lambda name: (
@@ -124,7 +118,7 @@ def test_remat_changes_neither_variables_nor_gradients(name, monkeypatch):
     )
 
 
-def test_the_table_is_printed_and_saved(step_cost, tmp_path, monkeypatch, capsys):
+def test_the_table_is_printed_and_saved(tmp_path, monkeypatch, capsys):
     arguments = "--model=convnet --image_size=8 --batch_sizes=4 --rounds=1"
     cases = ["batch", "batch, step of flax's example", "memorized, transport by 1/4"]
     argv = [*arguments.split(), "--cases", *cases, f"--workdir={tmp_path}"]

@@ -150,7 +150,7 @@ def test_several_steps_per_dispatch_change_nothing(config, tmp_path):
     config.log_every_steps = 20
     config.checkpoint_every_steps = 20
     train(config, tmp_path / "single")
-    config.steps_per_dispatch = 10
+    config.steps_per_dispatch = 5
     train(config, tmp_path / "stacked")
     single, stacked = (final_state(config, tmp_path / name) for name in ("single", "stacked"))
     # The same steps, compiled as a loop body: rounding alone may differ, over 40 steps.
