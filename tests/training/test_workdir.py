@@ -464,6 +464,7 @@ def test_a_save_that_fails_leaves_the_process_as_it_was(tmp_path, monkeypatch):
     assert (sys.unraisablehook, filters()) == before
 
 
+@pytest.mark.slow
 def test_platforms_that_are_not_there_are_told():
     program = "from mbn_jax.main import eval_main; eval_main()"
     for platform in ("cuda", "nonsense"):
