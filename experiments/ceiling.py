@@ -119,6 +119,13 @@ def at_rate(fields, rate):
     return fields | {"optimizer.learning_rate": rate}
 
 
+def tuned_settings():
+    """Returns all settings by name, each at its learning rate."""
+    return {
+        name: at_rate(fields, OTHER_RATES.get(name, RATE)) for name, fields in settings().items()
+    }
+
+
 def get_sweep():
     """Returns the sweep."""
     return Sweep(
@@ -128,12 +135,7 @@ def get_sweep():
         "so that the weights alone are compared.",
         configs={"cifar10": "../configs/cifar.py:resnet8"},
         fields=FIELDS,
-        axes={
-            "norm": {
-                name: at_rate(fields, OTHER_RATES.get(name, RATE))
-                for name, fields in settings().items()
-            }
-        },
+        axes={"norm": tuned_settings()},
         seeds=5,
         baseline={"norm": "batch 32, plain"},
         metrics=("test_error", "recalibrated_test_error"),

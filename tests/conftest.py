@@ -68,3 +68,12 @@ def data_dir(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tfds")
     open_split("digits", "test", data_dir=str(folder))
     return str(folder)
+
+
+@pytest.fixture(autouse=True)
+def own_folders_of_one_test(monkeypatch):
+    """Forgets the folders of own modules, which messages about errors depend on, after each test.
+
+    A process keeps them for good, and the order of the tests varies.
+    """
+    monkeypatch.setattr("mbn_jax.names._folders", [])

@@ -12,22 +12,23 @@ from mbn_jax.training.reporting import read_metrics
 from mbn_jax.training.workdir import CHECKPOINTS
 
 
+def digits_config(data_dir, **fields):
+    """A config that trains on the digits, cropped at random, 16 at a time."""
+    config = default_config()
+    shared = {"dataset.data_dir": data_dir, "dataset.crop_padding": 1, "batch_size": 16}
+    config.update_from_flattened_dict({**shared, **fields})
+    return config
+
+
 def forty_steps(data_dir, **fields):
     """A config of forty steps on part of the digits, with a checkpoint every ten."""
-    config = default_config()
-    config.update_from_flattened_dict(
-        {
-            "dataset.data_dir": data_dir,
-            "dataset.train_split": "train[:640]",
-            "dataset.test_split": "test[:100]",
-            "dataset.crop_padding": 1,
-            "batch_size": 16,
-            "num_epochs": 1.0,
-            "checkpoint_every_steps": 10,
-            **fields,
-        }
-    )
-    return config
+    short = {
+        "dataset.train_split": "train[:640]",
+        "dataset.test_split": "test[:100]",
+        "num_epochs": 1.0,
+        "checkpoint_every_steps": 10,
+    }
+    return digits_config(data_dir, **{**short, **fields})
 
 
 def records(workdir):

@@ -23,7 +23,7 @@ A table of test errors with recomputed statistics, %, mean over seeds and half o
 import argparse
 import functools
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -41,11 +41,11 @@ from mbn_jax.step.state import TrainState
 from mbn_jax.sweeps.summary import interval
 from mbn_jax.training.config_files import parse_config, with_fields
 from mbn_jax.training.passes import evaluate, recalibrate
-from mbn_jax.training.program import Programs
+from mbn_jax.training.program import Program, Programs
 from mbn_jax.training.steps import BatchStack, build_train_step, next_batch
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
-from ceiling import FIELDS, OTHER_RATES, RATE, settings
+from ceiling import FIELDS, tuned_settings
 
 PyTree = Any
 
@@ -119,9 +119,8 @@ def _slots(batches: jax.Array) -> Moments:
     return Moments(*jnp.moveaxis(batches, 2, 0))
 
 
-def test_error(config: ConfigDict, programs: Programs, mode: str, trains: dict) -> float:
-    """Trains one seed; returns its test error with recomputed statistics, %."""
-    program = programs.get(config)
+def compiled_step(program: Program, mode: str) -> Callable:
+    """Returns a step of (state, hparams, data, stack) that moves the averages as `mode` says."""
     task = program.task
 
     def one_step(state: TrainState, hparams, data, stack) -> TrainState:
@@ -137,18 +136,21 @@ def test_error(config: ConfigDict, programs: Programs, mode: str, trains: dict) 
         if mode == NEXT:
             _, before = second_pass(task, hparams, state.params, state, seen)
         shifts = jax.tree.map(jnp.subtract, sums, before)
-        epsilon = config.norm.epsilon
+        epsilon = task.config.norm.epsilon
         return new.replace(batch_stats=moved(new.batch_stats, again, shifts, mode, epsilon))
 
-    if mode not in trains:
-        options = {"axis_name": AXIS_NAME, "devices": program.devices, "donate_argnums": 0}
-        trains[mode] = jax.pmap(one_step, **options)
+    return jax.pmap(one_step, axis_name=AXIS_NAME, devices=program.devices, donate_argnums=0)
+
+
+def test_error(config: ConfigDict, program: Program, step: Callable) -> float:
+    """Trains one seed; returns its test error with recomputed statistics, %."""
+    task = program.task
     state = replicate(program.init_state(config), program.devices)
     hparams, data = program.hparams(config), program.data(task.train)
     index = task.order(config.seed).steps(0, task.total_steps)
     stack = replicate(BatchStack(np.int32(0), index), program.devices)
     for _ in range(task.total_steps):
-        state = trains[mode](state, hparams, data, stack)
+        state = step(state, hparams, data, stack)
     state = recalibrate(program, config, state, config.recalibrate_batches)
     return 100 * evaluate(program, config, state)["error"]
 
@@ -180,14 +182,14 @@ def main() -> None:
         f"| setting | {' | '.join(args.modes)} |\n| --- |{' --- |' * len(args.modes)}", flush=True
     )
     for name in args.settings:
-        rate = {"optimizer.learning_rate": OTHER_RATES.get(name, RATE)}
-        chosen = with_fields(config, settings()[name] | rate, name)
-        programs, trains = Programs(jax.devices()[:1]), {}
+        chosen = with_fields(config, tuned_settings()[name], name)
+        program = Programs(jax.devices()[:1]).get(chosen)
         errors: dict[str, list[float]] = {}
         for mode in args.modes:
+            step = compiled_step(program, mode)
             for seed in range(args.seeds):
                 chosen.seed = seed
-                errors.setdefault(mode, []).append(test_error(chosen, programs, mode, trains))
+                errors.setdefault(mode, []).append(test_error(chosen, program, step))
         print(row(name, errors), flush=True)
 
 

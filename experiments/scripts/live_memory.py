@@ -1,5 +1,6 @@
 """How much memory the arrays of a compiled program take at once, read from its text."""
 
+import math
 import re
 
 ARRAY = re.compile(r"\b([a-z]+)(\d+)\[([\d,]*)\](?:\{([\d,]*)(?::([^}]*))?\})?")
@@ -28,10 +29,7 @@ def array_bytes(types: str) -> int:
         if tile and len(minor) == 2:
             for axis, size in zip(minor, (int(tile[2]), int(tile[1])), strict=True):
                 shape[axis] = -(-shape[axis] // size) * size
-        count = 1
-        for size in shape:
-            count *= size
-        total += count * int(bits) // 8
+        total += math.prod(shape) * int(bits) // 8
     return total
 
 

@@ -123,4 +123,4 @@ def test_every_sum_moves_by_the_shift_of_its_mode(mode, shifts):
 
 
 def test_the_settings_are_members_of_the_sweep():
-    assert set(study.SETTINGS) <= set(study.settings())
+    assert set(study.SETTINGS) <= set(study.tuned_settings())

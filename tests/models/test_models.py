@@ -105,19 +105,13 @@ def test_a_network_that_keeps_less_tells_its_costs(name):
     assert "flops" in shown
 
 
-def one_block_a_stage(model):
-    """Returns a residual network without the blocks that only repeat, another one as it is."""
-    sizes = getattr(model, "stage_sizes", None)
-    return model.clone(stage_sizes=(1,) * len(sizes)) if sizes else model
-
-
 @pytest.mark.parametrize("name", ["cifar_resnet8", "resnet18", "resnet50"])
 def test_with_the_last_scale_at_zero_a_block_starts_as_its_shortcut(name):
     config = default_config()
     config.model.name = name
     config.model.zero_init_last_scale = True
     norm = functools.partial(MemorizedBatchNorm, memory_size=2)
-    model = one_block_a_stage(build_model(config, num_classes=3, norm=norm))
+    model = build_model(config, num_classes=3, norm=norm)
     images = jnp.ones((2, 32, 32, 3))
     variables = model.init(jax.random.key(0), images, train=False)
     _, intermediates = model.apply(variables, images, train=False, capture_intermediates=True)
@@ -143,7 +137,7 @@ def test_kernels_are_changed_where_they_are_used_and_not_where_they_are_kept(nam
     config.model.name, config.model.conv = name, conv
     images = jax.random.normal(jax.random.key(1), (2, 32, 32, 3))
     models = [
-        one_block_a_stage(build_model(config, num_classes=3, norm=nn.BatchNorm))
+        build_model(config, num_classes=3, norm=nn.BatchNorm)
         for config in (config, default_config_of(name))
     ]
     variables = models[0].init(jax.random.key(0), images, train=False)

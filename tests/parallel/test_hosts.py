@@ -13,14 +13,13 @@ import numpy as np
 import pytest
 from flax import traverse_util
 from jax.experimental import multihost_utils
-from runs import final_state, records, write_config
+from runs import digits_config, final_state, records, write_config
 
 from mbn_jax.core.batch_stats import pool_batch_stats
 from mbn_jax.errors import StoppedError, UserError
 from mbn_jax.parallel.devices import check_alike, first_host_first, keep_compiled_programs
 from mbn_jax.parallel.hosts import join_hosts, launched_processes
 from mbn_jax.training.buckets import local_copy
-from mbn_jax.training.config import default_config
 from mbn_jax.training.evaluation import evaluate_run
 from mbn_jax.training.loop import train
 from mbn_jax.training.program import Programs
@@ -45,24 +44,17 @@ train_main()
 
 
 def config_of(data_dir, **fields):
-    config = default_config()
-    config.update_from_flattened_dict(
-        {
-            "dataset.data_dir": data_dir,
-            "dataset.train_split": "train[:320]",
-            "dataset.test_split": "test[:99]",
-            "dataset.crop_padding": 1,
-            "model.features": (4,),
-            "batch_size": 16,
-            "num_epochs": 0.6,
-            "norm.sync_group_size": 2,
-            "log_every_steps": 3,
-            "eval_every_steps": 6,
-            "checkpoint_every_steps": 6,
-            **fields,
-        }
-    )
-    return config
+    short = {
+        "dataset.train_split": "train[:320]",
+        "dataset.test_split": "test[:99]",
+        "model.features": (4,),
+        "num_epochs": 0.6,
+        "norm.sync_group_size": 2,
+        "log_every_steps": 3,
+        "eval_every_steps": 6,
+        "checkpoint_every_steps": 6,
+    }
+    return digits_config(data_dir, **{**short, **fields})
 
 
 def free_port(ports):

@@ -389,7 +389,9 @@ def compiled(tmp_path_factory):
 def killed_and_whole(data_dir, tmp_path_factory, compiled):
     """One experiment, run by two runners, and once more by runners that are killed."""
     folder = tmp_path_factory.mktemp("processes")
-    path = experiment(folder, data_dir, {"norm.memory_size": (1, 4)}, seeds=2, num_epochs=10.0)
+    path = experiment(
+        folder, data_dir, {"norm.memory_size": (1, 2, 4, 8)}, seeds=2, num_epochs=10.0
+    )
     return path, folder / "whole é ?a=%20#{b}", folder / "killed"
 
 
@@ -405,7 +407,7 @@ def test_two_runners_share_the_members_in_a_folder_of_any_name(killed_and_whole,
     for process in runners:
         output, _ = process.communicate(timeout=300)
         assert process.returncode == 0, output
-        assert "4 finished" in output
+        assert "8 finished" in output
     assert {path.name for path in whole.parent.iterdir() if path.is_dir()} <= {whole.name, "killed"}
     study = store.open_study(whole, create=False)
     ran = [t for t in study.get_trials() if t.user_attrs.get(store.OUTCOME) == store.FINISHED]
@@ -434,7 +436,7 @@ def test_killed_again_and_again_a_sweep_loses_and_repeats_nothing(killed_and_who
     study = store.open_study(killed)
     ended = [t for t in study.get_trials() if t.user_attrs.get(store.OUTCOME) == store.FINISHED]
     names = [t.user_attrs[store.MEMBER] for t in ended]
-    assert len(names) == len(set(names)) == 4
+    assert len(names) == len(set(names)) == 8
     pd.testing.assert_frame_equal(
         comparable(results_of(whole)), comparable(results_of(killed)), check_exact=True
     )
