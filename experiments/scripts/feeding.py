@@ -17,6 +17,7 @@ not in these numbers. Result: docs/results/feeding.md.
 """
 
 import argparse
+import contextlib
 import functools
 import importlib
 import io
@@ -105,15 +106,43 @@ def decoders(split: Split) -> dict[str, Callable[[bytes, int], Any]]:
             simplejpeg.decode_jpeg(file), SHAPE, box_of(file, i)
         ),
         "crop: OpenCV, reduced, resized by OpenCV": opencv_reduced,
-        "crop: simplejpeg, reduced, resized by OpenCV": lambda file, i: split.images.read(
-            file, 0, (SEED, 0, i)
-        ),
+        "crop: simplejpeg, reduced, resized by OpenCV": functools.partial(as_in_training, split),
     }
-    try:
+    with contextlib.suppress(ImportError):
         imagecodecs = importlib.import_module("imagecodecs")
-    except ImportError:
-        return found
-    return {"decode: imagecodecs": lambda file, _: imagecodecs.jpeg8_decode(file), **found}
+        found["decode: imagecodecs"] = lambda file, _: imagecodecs.jpeg8_decode(file)
+    with contextlib.suppress(ImportError):
+        found |= with_nvimgcodec(importlib.import_module("nvidia.nvimgcodec"), split)
+    return found
+
+
+def as_in_training(split: Split, file: bytes, number: int) -> np.ndarray:
+    """Decodes and resizes a part as training does."""
+    return split.images.read(file, 0, (SEED, 0, number))
+
+
+def with_nvimgcodec(nvimgcodec: Any, split: Split) -> dict[str, Callable[[bytes, int], Any]]:
+    """Returns the ways of nvImageCodec on a CPU: it can decode a part of an image alone."""
+    decoder = nvimgcodec.Decoder(
+        max_num_cpu_threads=1,
+        device_id=nvimgcodec.NVIMGCODEC_DEVICE_CPU_ONLY,
+        backends=[nvimgcodec.Backend(nvimgcodec.BackendKind.CPU_ONLY)],
+    )
+
+    def part(file: bytes, number: int) -> np.ndarray:
+        box = box_of(file, number)
+        if reduction(box, SHAPE) > 1:
+            return as_in_training(split, file, number)
+        left, top, right, bottom = map(round, box)
+        region = nvimgcodec.Region(start=[top, left], end=[bottom, right])
+        code = nvimgcodec.CodeStream(file).get_sub_code_stream(0, region=region)
+        image = np.asarray(decoder.decode(code).cpu())
+        return resize_random_part(image, SHAPE, (0.0, 0.0, right - left, bottom - top))
+
+    return {
+        "decode: nvImageCodec": lambda file, _: decoder.decode(nvimgcodec.CodeStream(file)).cpu(),
+        "crop: the same, but nvImageCodec's part alone where it is not reduced": part,
+    }
 
 
 def processor_time(rows: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
