@@ -113,7 +113,7 @@ def _summary_as_text(summary: pd.DataFrame, metric: str) -> pd.DataFrame:
     digits = 2 if in_percent(1.0, metric) == 100 else 4
 
     def number(value: float) -> str:
-        return f"{in_percent(value, metric):.{digits}f}"
+        return f"{in_percent(value, metric):z.{digits}f}"  # z: no minus before 0.00.
 
     def spread(value: float, half: float) -> str:
         if pd.isna(value):

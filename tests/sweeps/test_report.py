@@ -44,7 +44,10 @@ COST = {"seconds": 2.0, "step_compilations": 0, "peak_bytes": 3 << 20}
 
 @pytest.fixture(scope="module")
 def workdir(tmp_path_factory):
-    """A sweep whose errors are 0.4 / batch size, and half of it with a memory; one run is lost."""
+    """A sweep whose errors are 0.4 / batch size, and half of it with a memory; one run is lost.
+
+    At batch size 32 a memory is better by less than the tables show.
+    """
     workdir = tmp_path_factory.mktemp("sweep")
     study = store.open_study(workdir)
     config = default_config()
@@ -55,7 +58,9 @@ def workdir(tmp_path_factory):
         trial = study.ask()
         trial.set_user_attr(store.RUNNER, "process 1")
         size, norm = member.point["batch_size"], member.point["norm"]
-        error = 0.4 / size * (0.5 if norm == "memorized" else 1.0) + 0.001 * member.seed
+        error = 0.4 / size + 0.001 * member.seed
+        if norm == "memorized":
+            error -= 1e-9 if size == 32 else 0.2 / size
         records = [
             {"step": step, "test_error": error * 10 / step, "train_loss": 1 / step}
             for step in (5, 10)
@@ -102,6 +107,7 @@ def test_the_tables_are_right(workdir):
     assert (std, seeds, diverged, failed) == ("0.13", "4", "0", "0")
     # The same seeds on both sides: the difference has no spread.
     assert (difference, pairs) == ("-10.00 ± 0.00", "3")
+    assert by_point["memorized", "32"][-2:] == ["0.00 ± 0.00", "4"]
     assert by_point["batch", "2"][2:] == ["3", "1", "0", "-", "-"]
     assert "| batch | 2 | 3 | diverged | 7 |" in text
     assert "| compilations of the step | 6 |" in text
