@@ -18,6 +18,8 @@ def get_sweep():
                 "batch": {"norm.name": "batch", "double_forward": "off"},
                 "memorized, 4 batches": {"norm.memory_size": 4},
                 "memorized, 64 batches": {},
+                "memorized, 64 batches, transport": {"double_forward": "transport"},
+                "group": {"norm.name": "group", "double_forward": "off"},
                 "none": {"norm.name": "none", "double_forward": "off"},
             },
             "classes a batch": {
