@@ -111,17 +111,22 @@ class _Parts:
         return source[stop - (self._ends[part] - index)]
 
 
+def _dtype_on_device(array: np.ndarray) -> np.dtype | None:
+    """Returns the dtype that JAX gives an array, 32 bits for 64; None if it holds no numbers."""
+    return jax.dtypes.canonicalize_dtype(array.dtype) if array.dtype.kind in "biuf" else None
+
+
 def _spec_of(example: Mapping[str, Any], what: str) -> dict[str, ArraySpec]:
     """Returns shapes and dtypes of an example's arrays; raises UserError for what is no array."""
     spec = {}
     for key, value in sorted(example.items()):
         array = np.asarray(value)
-        dtype = jax.dtypes.canonicalize_dtype(array.dtype) if array.dtype.kind in "biuf" else None
+        dtype = _dtype_on_device(array)
         if not isinstance(key, str) or dtype is None:
             raise UserError(
                 f"{what} has {key!r} of {array.dtype}, expected numbers under a text; leave it out."
             )
-        spec[key] = ArraySpec(array.shape, np.dtype(dtype))
+        spec[key] = ArraySpec(array.shape, dtype)
     if not spec:
         raise UserError(f"{what} is an empty dict, expected arrays by name.")
     return spec
@@ -154,16 +159,24 @@ class _CheckedSource:
         arrays = {}
         for key, (shape, dtype) in self.spec.items():
             array = np.asarray(example[key])
-            if array.shape != shape or not np.can_cast(array.dtype, dtype, "same_kind"):
+            own = _dtype_on_device(array)
+            if array.shape != shape or own is None or not np.can_cast(own, dtype):
                 raise UserError(
                     f"Example {index} of {self.name} has {key!r} of shape {array.shape} and "
                     f"{array.dtype}, expected {shape} and {dtype} as example 0."
                 )
-            if array.dtype.kind == "f" and not np.isfinite(array).all():
+            with np.errstate(over="ignore"):  # What becomes infinite is told below.
+                arrays[key] = array.astype(dtype)
+            if array.dtype.kind == "f" and not np.isfinite(arrays[key]).all():
                 raise UserError(
-                    f"Example {index} of {self.name} has a {key!r} that is NaN or infinite."
+                    f"Example {index} of {self.name} has a {key!r} that is NaN or infinite in "
+                    f"{dtype}."
                 )
-            arrays[key] = array.astype(dtype)
+            if array.dtype.kind in "iu" and (arrays[key] != array).any():
+                raise UserError(
+                    f"Example {index} of {self.name} has a {key!r} beyond the numbers of {dtype}: "
+                    f"{array.min()} to {array.max()}."
+                )
         self._check_label(index, arrays)
         return arrays
 
