@@ -89,7 +89,19 @@ DIGITS = str(ROOT / "configs" / "digits.py")
         (["--config.norm.batch_renorm.r_max=0.5"], "batch_renorm.r_max must be 1 or more"),
         (["--config.model.features=()"], "model.features must be whole numbers of 1 or more"),
         (["--config.norm.memory_size=99999999999"], "norm.memory_size must be at most 65536"),
-        (["--config.schedule.warmup_epochs=9"], "must be below num_epochs=8.0, got 9.0"),
+        (["--config.schedule.warmup_epochs=9"], "a step before num_epochs=8.0, got 9.0: 801 steps"),
+        (
+            ["--config.num_epochs=1.05", "--config.schedule.warmup_epochs=1.047"],
+            "a step before num_epochs=1.05, got 1.047: 93 steps of 93",
+        ),
+        (
+            [
+                "--config.schedule.name=step",
+                "--config.schedule.warmup_epochs=1",
+                "--config.schedule.step_epochs=(1.001,)",
+            ],
+            "schedule.step_epochs must rise .* at least a step apart, got .1.001",
+        ),
         (
             ["--config.schedule.name=step", "--config.schedule.step_epochs=(3.0,9.0)"],
             "schedule.step_epochs must rise .* got .3.0, 9.0.",

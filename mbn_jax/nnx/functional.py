@@ -25,6 +25,9 @@ from mbn_jax.step.state import TrainState
 
 PyTree = Any
 
+SOWN = {nnx.variable_name_from_type(kind) for kind in (nnx.Intermediate, nnx.Perturbation)}
+"""Collections of what a forward only shows."""
+
 
 def functional(model: nnx.Module, *, wrt: Any = nnx.Param) -> tuple[Callable, dict[str, PyTree]]:
     """Makes of a model what `make_train_step` and `TrainState.create` take.
@@ -222,11 +225,16 @@ def _check_written(
     after: Mapping[str, Mapping[Names, Any]],
     kept: set[str],
 ) -> None:
-    """Raises ValueError where a call wrote a Variable that the step would lose."""
-    for name in sorted(set(before) - kept - {BATCH_MOMENTS}):
-        for names, value in before[name].items():
-            new = after.get(name, {}).get(names)
-            if not all(a is b for a, b in zip(*map(jax.tree.leaves, (value, new)), strict=False)):
+    """Raises ValueError where a call wrote or made a Variable that the step would lose.
+
+    What `sow` and `perturb` make is lost without harm, as in `flax.linen`.
+    """
+    for name in sorted({*before, *after} - kept - {BATCH_MOMENTS, *SOWN}):
+        collections = before.get(name, {}), after.get(name, {})
+        for names in sorted(set().union(*collections)):
+            # What was written is another array: two tracers cannot be compared by value.
+            old, new = ([id(x) for x in jax.tree.leaves(found.get(names))] for found in collections)
+            if old != new:
                 raise ValueError(
                     f"The model wrote {'/'.join(names)}, a Variable of the collection {name!r}, "
                     "and the step would lose it; if that does no harm, name it in mutable="

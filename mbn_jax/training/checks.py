@@ -219,15 +219,18 @@ def validate_examples(config: ConfigDict, num_examples: int) -> None:
             f"num_epochs={config.num_epochs} is less than one step of batch_size="
             f"{config.batch_size} on {num_examples} examples; raise it."
         )
-    warmup = config.schedule.warmup_epochs
-    if warmup >= config.num_epochs:
+    warmup, epochs = config.schedule.warmup_epochs, config.schedule.step_epochs
+    warmup_steps, *steps = (
+        int(epoch * steps_per_epoch(config, num_examples)) for epoch in (warmup, *epochs)
+    )
+    if warmup_steps >= total_steps(config, num_examples):
         raise UserError(
-            f"schedule.warmup_epochs must be below num_epochs={config.num_epochs}, got {warmup}."
+            f"schedule.warmup_epochs must end at least a step before num_epochs="
+            f"{config.num_epochs}, got {warmup}: {warmup_steps} steps of "
+            f"{total_steps(config, num_examples)}."
         )
-    epochs = config.schedule.step_epochs
-    steps = [int(epoch * steps_per_epoch(config, num_examples)) for epoch in epochs]
     if config.schedule.name == "step" and (
-        not all(warmup < epoch < config.num_epochs for epoch in epochs)
+        not all(warmup_steps < step < total_steps(config, num_examples) for step in steps)
         or steps != sorted(set(steps))
     ):
         raise UserError(

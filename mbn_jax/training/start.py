@@ -110,11 +110,13 @@ def with_weights_of(run: str, fresh: TrainState) -> TrainState:
             "model and norm.name, or one of norm.name='batch'."
         )
     found |= _shapes(params)
-    for name, shape in {**_shapes(fresh.params), **kept}.items():
-        if found.get(name) != shape:
+    kept |= _shapes(fresh.params)
+    for name in sorted(found | kept):
+        if found.get(name) != kept.get(name):
             raise UserError(
-                f"init_from={run} is a run of another model: {name} has shape {found.get(name)} "
-                f"there, expected {shape}; use the same model and norm."
+                f"init_from={run} is a run of another model: {name} has shape "
+                f"{found.get(name, 'none')} there, expected {kept.get(name, 'none')}; use the same "
+                "model and norm."
             )
     stats = overlay(fresh.batch_stats, _moments(stats))
     return fresh.replace(params=params, batch_stats=stats)

@@ -315,11 +315,28 @@ class Counting(Net):
         return super().__call__(x)
 
 
+class CountingAnew(Net):
+    def __call__(self, x):
+        self.calls = Count(jnp.ones(()))
+        return super().__call__(x)
+
+
+class Sowing(Net):
+    def __call__(self, x):
+        self.inputs = nnx.Intermediate(x)
+        return super().__call__(x)
+
+
 def test_a_variable_that_the_step_would_lose_is_refused_by_name():
     for train in (train_nnx, train_functional):
-        with pytest.raises(ValueError, match=r"wrote calls, a Variable of the collection 'Count'"):
-            train(Counting(), optax.sgd(0.1), batches(1))
-        train(Counting(), optax.sgd(0.1), batches(1), mutable=("Count",))
+        for model in (Counting, CountingAnew):
+            with pytest.raises(ValueError, match=r"wrote calls, a Variable of the collection 'Cou"):
+                train(model(), optax.sgd(0.1), batches(1))
+            train(model(), optax.sgd(0.1), batches(1), mutable=("Count",))
+
+
+def test_what_a_forward_sows_is_lost_without_harm():
+    train_functional(Sowing(), optax.sgd(0.1), batches(1))
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,15 @@ def test_a_run_starts_with_the_weights_of_another(finished, config, tmp_path):
         shutil.rmtree(tmp_path / "other")
 
 
+def test_weights_that_the_new_model_has_no_place_for_are_refused(finished, config):
+    """A layer without statistics may be the only difference."""
+    state = jax.tree.map(lambda x: x[0], final_state(config, finished))
+    with_weights_of(str(finished), state)
+    params = {name: layer for name, layer in state.params.items() if name != "Dense_0"}
+    with pytest.raises(UserError, match=r"Dense_0.* has shape \(.*\) there, expected none"):
+        with_weights_of(str(finished), state.replace(params=params))
+
+
 GROWING = {"norm.memory_schedule.start_size": 2, "norm.memory_schedule.end": 0.5}
 
 
