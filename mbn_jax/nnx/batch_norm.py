@@ -3,9 +3,10 @@
 from typing import Any
 
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 
 from mbn_jax.core.conversion import folded, started_from
-from mbn_jax.nnx.trees import leaves_of, nested, values_of, write
+from mbn_jax.nnx.trees import leaves_of, values_of, write
 
 PyTree = Any
 
@@ -66,7 +67,10 @@ def to_batch_norm(model: nnx.Module, batch_norm: nnx.Module) -> None:
 def _collections(model: nnx.Module) -> dict[str, PyTree]:
     """Returns what a model holds, but its random streams: nested dicts, statistics apart."""
     _, stats, others = nnx.state(model, nnx.RngState, nnx.BatchStat, ...)
-    return {"batch_stats": nested(values_of(stats)), "params": nested(values_of(others))}
+    return {
+        "batch_stats": unflatten_dict(values_of(stats)),
+        "params": unflatten_dict(values_of(others)),
+    }
 
 
 def _write_collections(model: nnx.Module, collections: dict[str, PyTree]) -> None:

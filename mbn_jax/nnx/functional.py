@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 
 from mbn_jax.core.double_forward import BATCH_MOMENTS, FIRST_BATCH_MOMENTS, RECORDS, USED
 from mbn_jax.nnx.memorized import FIRST_RECORDS, BatchMoments, MemorizedBatchNorm
@@ -14,7 +15,6 @@ from mbn_jax.nnx.trees import (
     Names,
     leaves_of,
     names_of,
-    nested,
     paths_of,
     subtree,
     values_of,
@@ -62,7 +62,7 @@ def functional(model: nnx.Module, *, wrt: Any = nnx.Param) -> tuple[Callable, di
     [2.0, 0.0]
     """
     function = ModelFunction(model, wrt, lambda model, *args, **kwargs: model(*args, **kwargs))
-    params = nested(leaves_of(function.params))
+    params = unflatten_dict(leaves_of(function.params))
     return function.apply, {"params": params, "batch_stats": function.batch_stats}
 
 
@@ -98,7 +98,7 @@ class ModelFunction:
         self._wrt, self._call = wrt, call
         self._graphdef, *states = nnx.split(model, wrt, nnx.BatchStat, ...)
         self.params, batch_stats, self._rest = map(nnx.as_pure, states)
-        self.batch_stats = nested(leaves_of(batch_stats))
+        self.batch_stats = unflatten_dict(leaves_of(batch_stats))
         self._paths = {"params": paths_of(states[0]), "batch_stats": paths_of(states[1])}
 
     def apply(
@@ -141,7 +141,7 @@ class ModelFunction:
             outputs = self._call(model, *args, **kwargs)
         after = self._collections(model)
         _check_written(before, after, {*names, "batch_stats"})
-        return outputs, {name: nested(after[name]) for name in names if after.get(name)}
+        return outputs, {name: unflatten_dict(after[name]) for name in names if after.get(name)}
 
     def _state(self, variables: Mapping[str, PyTree], name: str) -> nnx.State:
         """Returns a collection with the paths of the model."""

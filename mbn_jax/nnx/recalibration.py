@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.traverse_util import unflatten_dict
 
 from mbn_jax.core.batch_stats import add_moments, moments_over, recalibrated, with_moments
 from mbn_jax.core.double_forward import RECORDS
@@ -13,7 +14,7 @@ from mbn_jax.core.moments import Array, Moments, pool_two
 from mbn_jax.core.normalization import input_moments
 from mbn_jax.nnx.batch_renorm import BatchRenorm
 from mbn_jax.nnx.memorized import BatchMoments, MemorizedBatchNorm
-from mbn_jax.nnx.trees import leaves_of, nested, values_of, write
+from mbn_jax.nnx.trees import leaves_of, values_of, write
 
 PyTree = Any
 
@@ -68,7 +69,7 @@ def recalibrate(
         return add_moments(totals, recorded)
 
     totals = moments_over(batches, functools.partial(add_batch, variables=variables), "mbn_jax.nnx")
-    batch_stats = nested(values_of(nnx.state(model, nnx.BatchStat)))
+    batch_stats = unflatten_dict(values_of(nnx.state(model, nnx.BatchStat)))
     write(model, leaves_of(recalibrated(batch_stats, totals)))
 
 

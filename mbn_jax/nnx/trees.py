@@ -49,21 +49,6 @@ def leaves_of(tree: PyTree) -> dict[Names, Any]:
     }
 
 
-def nested(leaves: Mapping[Names, Any]) -> dict[str, PyTree]:
-    """Returns nested dicts with these leaves.
-
-    >>> nested({('a', 'b'): 1, ('a', 'c'): 2})
-    {'a': {'b': 1, 'c': 2}}
-    """
-    tree: dict[str, PyTree] = {}
-    for names, leaf in leaves.items():
-        node = tree
-        for name in names[:-1]:
-            node = node.setdefault(name, {})
-        node[names[-1]] = leaf
-    return tree
-
-
 def subtree(tree: PyTree, names: Names) -> PyTree:
     """Returns what is under a name in nested dicts; {} where nothing is.
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from flax.traverse_util import flatten_dict
 from jax import lax
 
 from mbn_jax.core.batch_stats import layers_with_statistics, layout_of, overlay
@@ -318,14 +319,9 @@ def _check_not_carried(batch_stats: PyTree, records: Mapping[str, Sequence[Any]]
 
 def _calls(updates: Mapping[str, PyTree], name: str) -> dict[str, Sequence[Any]]:
     """Returns what each call of each layer recorded under a name, by the layer's path."""
-    found: dict[str, Sequence[Any]] = {}
-
-    def visit(path: tuple[str, ...], tree: PyTree) -> None:
-        for key, child in tree.items():
-            if key == name and isinstance(child, tuple):
-                found["/".join(path)] = child
-            elif isinstance(child, Mapping):
-                visit((*path, key), child)
-
-    visit((), updates.get(BATCH_MOMENTS, {}))
-    return found
+    recorded = flatten_dict(updates.get(BATCH_MOMENTS, {}))
+    return {
+        "/".join(path): calls
+        for (*path, key), calls in recorded.items()
+        if key == name and isinstance(calls, tuple)
+    }

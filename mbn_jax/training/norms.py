@@ -17,6 +17,7 @@ from mbn_jax.linen.virtual_batches import VirtualBatches
 from mbn_jax.models.affine import Affine
 from mbn_jax.names import accepted, kwargs_of, named, only_accepted, takes
 from mbn_jax.parallel.devices import AXIS_NAME
+from mbn_jax.statistics.recalibration import LAYERS_WITH_STATISTICS
 from mbn_jax.training.hparams import HParams
 
 SYNCS = ("sync", "group", "local")
@@ -33,16 +34,7 @@ NORMS: dict[str, Callable[..., nn.Module]] = {
     "none": Affine,
 }
 
-LAYERS = (
-    VirtualBatches,
-    MemorizedBatchNorm,
-    nn.BatchNorm,
-    BatchRenorm,
-    MovingAverageBatchNorm,
-    nn.GroupNorm,
-    nn.InstanceNorm,
-    Affine,
-)
+LAYERS = (*LAYERS_WITH_STATISTICS, nn.GroupNorm, nn.InstanceNorm, Affine)
 """Classes of the layers in `NORMS`."""
 
 NormFactory = Callable[..., nn.Module]

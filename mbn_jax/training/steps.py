@@ -51,21 +51,16 @@ class BatchStack(NamedTuple):
     batches: Any
 
 
-class _Keys(NamedTuple):
-    init: jax.Array
-    run: jax.Array
-    augmentation: jax.Array
-
-
-def _random_keys(hparams: HParams) -> _Keys:
-    return _Keys(*jax.random.split(jax.random.key(hparams.seed), 3))
+def _random_keys(hparams: HParams) -> jax.Array:
+    """Returns the keys of the first variables, of the run and of augmentation."""
+    return jax.random.split(jax.random.key(hparams.seed), 3)
 
 
 def init_state(task: Task, hparams: HParams) -> TrainState:
     """Returns the state before the first step, a function of the seed alone."""
-    keys = _random_keys(hparams)
-    variables, _ = task.init_variables(task.model(hparams), keys.init)
-    return TrainState.create(variables, task.optimizer(hparams), keys.run)
+    init_key, run_key, _ = _random_keys(hparams)
+    variables, _ = task.init_variables(task.model(hparams), init_key)
+    return TrainState.create(variables, task.optimizer(hparams), run_key)
 
 
 def train_steps(
@@ -132,7 +127,8 @@ def _augmented(task: Task, hparams: HParams, batch: Examples, step: jax.Array) -
     size = jax.tree.leaves(batch)[0].shape[0]
     # Positions in the global batch, so that the draws do not depend on the number of devices.
     positions = jax.lax.axis_index(AXIS_NAME) * size + jnp.arange(size)
-    keys = example_keys(_random_keys(hparams).augmentation, step, positions)
+    _, _, augmentation_key = _random_keys(hparams)
+    keys = example_keys(augmentation_key, step, positions)
     batch = task.prepared(batch)
     if not (options.crop_padding or options.flip):
         return batch
