@@ -172,7 +172,8 @@ class _CheckedSource:
                     f"Example {index} of {self.name} has a {key!r} that is NaN or infinite in "
                     f"{dtype}."
                 )
-            if array.dtype.kind in "iu" and (arrays[key] != array).any():
+            is_narrowed = array.dtype != own  # 64 bits to 32: all other casts are exact.
+            if is_narrowed and array.dtype.kind in "iu" and (arrays[key] != array).any():
                 raise UserError(
                     f"Example {index} of {self.name} has a {key!r} beyond the numbers of {dtype}: "
                     f"{array.min()} to {array.max()}."

@@ -214,7 +214,8 @@ def validate_examples(config: ConfigDict, num_examples: int) -> None:
             f"batch_size must be at most the {num_examples} examples of split "
             f"{config.dataset.train_split!r} of {config.dataset.name!r}, got {config.batch_size}."
         )
-    if total_steps(config, num_examples) < 1:
+    total = total_steps(config, num_examples)
+    if total < 1:
         raise UserError(
             f"num_epochs={config.num_epochs} is less than one step of batch_size="
             f"{config.batch_size} on {num_examples} examples; raise it."
@@ -223,15 +224,13 @@ def validate_examples(config: ConfigDict, num_examples: int) -> None:
     warmup_steps, *steps = (
         int(epoch * steps_per_epoch(config, num_examples)) for epoch in (warmup, *epochs)
     )
-    if warmup_steps >= total_steps(config, num_examples):
+    if warmup_steps >= total:
         raise UserError(
             f"schedule.warmup_epochs must end at least a step before num_epochs="
-            f"{config.num_epochs}, got {warmup}: {warmup_steps} steps of "
-            f"{total_steps(config, num_examples)}."
+            f"{config.num_epochs}, got {warmup}: {warmup_steps} steps of {total}."
         )
     if config.schedule.name == "step" and (
-        not all(warmup_steps < step < total_steps(config, num_examples) for step in steps)
-        or steps != sorted(set(steps))
+        not all(warmup_steps < step < total for step in steps) or steps != sorted(set(steps))
     ):
         raise UserError(
             f"schedule.step_epochs must rise from above warmup_epochs={warmup} to below "
