@@ -1,6 +1,7 @@
 """What imports what: the library stands on few packages, and modules depend one way."""
 
 import ast
+import contextlib
 import graphlib
 import importlib.metadata
 import json
@@ -11,6 +12,7 @@ import sys
 import tomllib
 
 import pytest
+from packaging.specifiers import SpecifierSet
 
 ROOT = pathlib.Path(__file__).parent.parent
 LIBRARY_PACKAGES = {"jax", "flax", "optax", "numpy"}
@@ -123,6 +125,23 @@ def test_the_extra_has_what_the_framework_imports_and_no_more():
     provided = {name: normalized(distributions[name]) for name in TRAIN_PACKAGES | INDIRECT}
     assert all(names & normalized(declared) for names in provided.values())
     assert normalized(declared) - LIBRARY_PACKAGES <= set().union(*provided.values())
+
+
+def test_pinned_packages_run_on_the_oldest_python():
+    """pip-compile takes what the Python runs on that it was called with, to the last digit."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    oldest = project["requires-python"].removeprefix(">=") + ".0"
+    refusing, checked = {}, 0
+    pins = re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "requirements.lock").read_text(), re.MULTILINE)
+    for name, version in pins:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found = importlib.metadata.distribution(name)
+            checked += found.version == version
+            python = found.metadata["Requires-Python"] or ""
+            if oldest not in SpecifierSet(python):
+                refusing[name] = python
+    assert not refusing
+    assert checked > 100
 
 
 ARGUMENTS = {
