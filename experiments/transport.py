@@ -39,7 +39,7 @@ def get_sweep():
                 "memorized, rewrite": {},
                 "memorized, transport": {"double_forward": "transport"},
                 "averaged, transport": {
-                    "norm.memory_size": 0,  # An exponential average, without slots.
+                    "norm.memory_size": 0,  # An endless memory: the exponential average.
                     "double_forward": "transport",
                 },
             },

@@ -22,7 +22,7 @@ class Layout(NamedTuple):
     """How the arrays of one layer are laid out: `[*stacked, groups, slots, *features]`.
 
     Attributes:
-      kind: 'slots', 'endless' (a memory without end) or 'averages'.
+      kind: 'slots', 'endless' (of an endless memory) or 'averages'.
       stacked: number of leading axes that `nn.scan` and `nn.vmap` added; None: not recorded, as of
         a plain `flax.linen.BatchNorm`.
       has_groups: whether an axis of virtual batches follows.
@@ -228,7 +228,7 @@ def with_moments(layer_stats: PyTree, moments: Moments) -> PyTree:
     {'mean': [3.0, 0.0], 'var': [4.0, 0.0], 'count': [8.0, 0.0]}
     """
     layout = layout_of(layer_stats)
-    # A memory without end weighs by batches.
+    # An endless memory weighs by batches.
     moments_by_name = {**moments._asdict(), "weight": (moments.count > 0).astype(jnp.float32)}
 
     def filled(name: str, value: Array) -> Array:

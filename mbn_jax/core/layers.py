@@ -61,7 +61,7 @@ def _check_memory_options(size: Any, decay: Any, capacity: int | None) -> None:
     if size is not None and is_number(size) and (int(size) != size or size < 1):
         raise ValueError(
             "memory_size must be a whole number of 1 or more (it counts the current batch), or "
-            f"None for a memory without end, got {size}."
+            f"None for an endless memory, got {size}."
         )
     if size is not None and is_number(size) and capacity is not None and size > capacity:
         raise ValueError(f"memory_size must be at most memory_capacity={capacity}, got {size}.")

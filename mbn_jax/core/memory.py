@@ -263,7 +263,7 @@ class Endless:
         """
         if calls > 1:
             raise ValueError(
-                f"A memory without end (memory_size=None) cannot tell the {calls} calls of its "
+                f"An endless memory (memory_size=None) cannot tell the {calls} calls of its "
                 "layer in one forward apart, and so cannot move; use double_forward='rewrite', or "
                 "a memory_size."
             )

@@ -50,7 +50,7 @@ class MemorizedBatchNorm(nn.Module):
     empty), each `[memory_capacity, *features]`, newest slot first; and `rule`, `[2]`: memory size
     and decay of the last training call, by which the memory is folded and pooled outside the layer.
 
-    `memory_size=None` is a memory without end: w weighs all batches in units of the newest, and
+    `memory_size=None` is an endless memory: w weighs all batches in units of the newest, and
     with each batch::
 
         w    <- decay w + 1        a = 1 / w
@@ -85,7 +85,7 @@ class MemorizedBatchNorm(nn.Module):
         Or a function of the training calls so far, an `optax` schedule for example: a memory that
         grows as the learning rate falls. `batch_stats` then counts the calls, as `steps`, and
         inference uses the size of the last one. Fractions are rounded up, and 1 is the least. None:
-        a memory without end.
+        an endless memory.
       decay: in (0, 1], weight of a slot relative to the next newer one; 1 weighs all equally. Or a
         function likewise.
       memory_capacity: slots that the memory has room for; default: `memory_size`. Give it to make
@@ -100,7 +100,7 @@ class MemorizedBatchNorm(nn.Module):
     References:
       Guo, Wu, Deng, Chen, Tan, "Double Forward Propagation for Memorized Batch Normalization",
       AAAI 2018 (arXiv 2010.04947). Counting the current batch in k, the geometric weights, 'auto'
-      and the memory without end are choices of this project.
+      and the endless memory are choices of this project.
 
     >>> import jax
     >>> layer = MemorizedBatchNorm(memory_size=4, use_running_average=False)

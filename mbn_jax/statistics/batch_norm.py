@@ -47,7 +47,7 @@ def from_batch_norm(batch_norm: PyTree, variables: PyTree) -> PyTree:
     """Starts a network from a checkpoint of the same one with `flax.linen.BatchNorm`.
 
     Parameters are taken over as they are. The moving averages become the first slot of a memory and
-    leave it as newer batches come; in a memory without end they count as one batch. At inference
+    leave it as newer batches come; in an endless memory they count as one batch. At inference
     the output is that of the checkpoint.
 
     Args:

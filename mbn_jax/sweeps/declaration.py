@@ -236,9 +236,9 @@ def _check_values(sweep: Sweep) -> None:
                 f"axis {axis!r} must be numbers, texts and booleans, or named variants, each a "
                 f"dict of fields; got {wrong[0]!r} of {type(wrong[0]).__name__}"
             )
-        endless = [v for v in values if isinstance(v, float) and not math.isfinite(v)]
-        if endless:
-            raise UserError(f"axis {axis!r} must have finite values, got {endless[0]}")
+        infinite = [v for v in values if isinstance(v, float) and not math.isfinite(v)]
+        if infinite:
+            raise UserError(f"axis {axis!r} must have finite values, got {infinite[0]}")
         # 1, 1.0 and True are one value to a config, "1" and 1 are one to the reader of a table.
         if len(set(values)) < len(values) or len(set(map(str, values))) < len(values):
             raise UserError(

@@ -263,7 +263,7 @@ class Runner:
 def with_room(members: Sequence[Member], config: ConfigDict) -> list[Member]:
     """Returns the members with room for the largest memory of all, so that they share a program.
 
-    A memory without end (`norm.memory_size=0`) has no slots. A member that sets the capacity itself
+    An endless memory (`norm.memory_size=0`) has no slots. A member that sets the capacity itself
     keeps it.
     """
     norms = [member.config(config).norm for member in members]

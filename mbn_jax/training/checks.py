@@ -67,7 +67,7 @@ def _check_norm(config: ConfigDict) -> None:
     norm, growth, limits = config.norm, config.norm.memory_schedule, config.norm.batch_renorm
     if is_endless(config) and has_memory_schedule(config):
         raise UserError(
-            "norm.memory_schedule grows a memory to norm.memory_size, got a memory without end "
+            "norm.memory_schedule grows a memory to norm.memory_size, got an endless memory "
             "(norm.memory_size=0); set one, or norm.memory_schedule.start_size=0."
         )
     if growth.start_size > norm.memory_size:

@@ -86,7 +86,7 @@ FIELDS = {
     "norm.virtual_batch_size": Field(0, at_least(0), "examples normalized together; 0: all"),
     "norm.momentum": Field(0.9, BELOW_ONE, "of moving averages ('batch' and its kin)"),
     "norm.num_groups": Field(8, at_least(1), "groups of channels of 'group'"),
-    "norm.memory_size": Field(64, MEMORY_SIZE, "batches in the memory; 0: a memory without end"),
+    "norm.memory_size": Field(64, MEMORY_SIZE, "batches in the memory; 0: an endless memory"),
     "norm.memory_capacity": Field(0, at_least(0), "slots of the memory; 0: norm.memory_size"),
     "norm.decay": Field(0.97, UP_TO_ONE, "weight of a batch relative to the next newer one"),
     "norm.gradient": Field("auto", choice(GRADIENTS), "gradient through the memory's statistics"),

@@ -13,7 +13,7 @@ class HParams(NamedTuple):
 
     Attributes:
       seed: seed of parameters, augmentation and dropout.
-      memory_size: batches in the memory; of no effect for a memory without end.
+      memory_size: batches in the memory; of no effect for an endless memory.
       memory_start_size: memory size at the begin of its schedule; of no effect without a schedule.
       decay: weight of a batch in the memory relative to the next newer one.
       learning_rate: learning rate before its schedule.

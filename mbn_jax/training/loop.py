@@ -324,7 +324,7 @@ def norm_title(config: ConfigDict) -> str:
     """Returns how a run normalizes, in a few words."""
     norm = config.norm.name
     if norm == "memorized":
-        size = "without end" if is_endless(config) else config.norm.memory_size
+        size = "endless" if is_endless(config) else config.norm.memory_size
         norm += f" (memory {size}, decay {config.norm.decay:g})"
     double_forward = config.double_forward
     if config.double_forward_fraction < 1:

@@ -100,7 +100,7 @@ def has_memory_schedule(config: ConfigDict) -> bool:
 
 
 def memory_capacity(config: ConfigDict) -> int:
-    """Returns how many slots a memory has; 0 for one without end."""
+    """Returns how many slots a memory has; 0 for an endless one."""
     return 0 if is_endless(config) else config.norm.memory_capacity or config.norm.memory_size
 
 

@@ -58,7 +58,7 @@ def test_runs_share_programs_unless_a_static_fact_differs():
         ({"norm__memory_size": -1}, "norm.memory_size must be at most 65536 and 0 or more, got -1"),
         (
             {"norm__memory_size": 0, "norm__memory_schedule__start_size": 2},
-            "got a memory without end",
+            "got an endless memory",
         ),
         ({"seed": 2**31}, r"seed must be 0 or more and below 2\^31, got 2147483648"),
         (
