@@ -1,6 +1,9 @@
 """Test error when a batch sees only a few of the classes.
 
 mbn-sweep experiments/sampling.py --workdir=runs/sampling
+
+The rate comes from `sampling_rate.py`; four times it is far too high where a batch sees two classes:
+--config.optimizer.learning_rate=0.08.
 """
 
 from mbn_jax.sweeps import Figure, Sweep
@@ -33,7 +36,7 @@ def get_sweep():
         title="Badly sampled batches",
         text="Each batch of 40 has images of this many of the ten classes; 'all': drawn at random.",
         configs=CONFIGS,
-        fields=FIELDS | {"optimizer.learning_rate": 0.08},
+        fields=FIELDS | {"optimizer.learning_rate": 0.02},
         axes={"norm": NORMS, "classes a batch": CLASSES},
         baseline={"norm": "batch"},
         figures=[Figure(x="classes a batch", lines="norm", log_y=True)],

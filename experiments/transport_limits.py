@@ -29,7 +29,7 @@ def get_sweep():
             },
             "double_forward": ("off", "rewrite", "transport"),
         },
-        seeds=2,
+        seeds=3,
         baseline={"double_forward": "off"},
         over_steps="mean",
         metrics=("test_error", "recalibrated_test_error", "error_mean", "error_log_variance"),
