@@ -2,8 +2,8 @@
 
 mbn-sweep experiments/sampling.py --workdir=runs/sampling
 
-The rate comes from `sampling_rate.py`; four times it is far too high where a batch sees two classes:
---config.optimizer.learning_rate=0.08.
+The rate comes from `sampling_rate.py`. --config.optimizer.learning_rate=0.08, which suits batches
+drawn at random, is too high for two classes.
 """
 
 from mbn_jax.sweeps import Figure, Sweep
