@@ -1,4 +1,4 @@
-"""Which learning rate suits batch normalization at each batch size, on held-out training images.
+"""Which learning rate suits each batch size, on training images that are held out.
 
     mbn-sweep experiments/learning_rate.py --workdir=runs/learning_rate --seeds=3
 
@@ -11,7 +11,7 @@ from mbn_jax.sweeps import Figure, Sweep
 def get_sweep():
     """Returns the sweep."""
     return Sweep(
-        title="Learning rate by batch size, for batch normalization",
+        title="Learning rate by batch size",
         text="Errors are on a fifth of the training split, which was not trained on.",
         configs={"digits": "../configs/digits.py", "cifar10": "../configs/cifar.py:small_batch"},
         fields={"dataset.test_split": "train[80%:]", "dataset.train_split": "train[:80%]"},
@@ -21,7 +21,7 @@ def get_sweep():
                 "batch": {"norm.name": "batch", "double_forward": "off"},
                 "memorized": {},
             },
-            "optimizer.learning_rate": (0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64),
+            "optimizer.learning_rate": (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64),
         },
         figures=[Figure(x="optimizer.learning_rate", lines="norm", panels="batch_size")],
     )

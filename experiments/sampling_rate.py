@@ -21,5 +21,7 @@ def get_sweep():
             "optimizer.learning_rate": (0.01, 0.02, 0.04, 0.08, 0.16),
         },
         seeds=3,
-        figures=[Figure(x="optimizer.learning_rate", lines="norm", panels="classes a batch")],
+        figures=[
+            Figure(x="optimizer.learning_rate", lines="norm", panels="classes a batch", log_y=True)
+        ],
     )
