@@ -21,7 +21,7 @@ def get_sweep():
                 "batch": {"norm.name": "batch", "double_forward": "off"},
                 "memorized": {},
             },
-            "optimizer.learning_rate": (0.0025, 0.005, 0.01, 0.02, 0.04, 0.08, 0.16, 0.32, 0.64),
+            "optimizer.learning_rate": tuple(0.01 * 2**power for power in range(-5, 7)),
         },
         figures=[Figure(x="optimizer.learning_rate", lines="norm", panels="batch_size")],
     )
