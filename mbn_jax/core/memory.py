@@ -94,7 +94,7 @@ def pool(slots: Moments, weights: Array) -> Moments:
     return Moments(mean, jnp.where(filled, var, jnp.ones_like(var)), total)
 
 
-def push(slots: Moments, moments: Moments) -> Moments:
+def push(slots: Moments, moments: Moments, *, leave_gaps: bool = False) -> Moments:
     """Puts a batch's moments in front of the memory and drops the oldest slot.
 
     A feature of which the batch had no element (`count` 0), or whose moments are not finite, keeps
@@ -103,6 +103,7 @@ def push(slots: Moments, moments: Moments) -> Moments:
     Args:
       slots: `Moments` of shape `[k, *F]`.
       moments: `Moments` of shape `[*F]`.
+      leave_gaps: put an empty slot in front for such a feature instead.
 
     Returns:
       `Moments` of shape `[k, *F]`, in the dtypes of `slots`.
@@ -112,6 +113,10 @@ def push(slots: Moments, moments: Moments) -> Moments:
     [5.0, 0.0]
     """
     usable = is_usable(moments)
+    if leave_gaps:
+        mean, var, count = moments
+        gap = Moments(jnp.zeros_like(mean), jnp.ones_like(var), jnp.zeros_like(count))
+        moments, usable = select(usable, moments, gap), jnp.ones_like(usable)
 
     def shift(slot: Array, new: Array) -> Array:
         shifted = jnp.concatenate([new[None].astype(slot.dtype), slot[:-1]])
@@ -187,9 +192,16 @@ class Slots:
         weight = jnp.asarray(self.decay, dtype) ** (oldest + 1).astype(dtype)
         return slot._replace(count=jnp.where(slot.count > 0, weight, 0))
 
-    def pushed(self, slots: Moments, batch: Moments) -> Moments:
-        """Returns the memory after `batch` is pushed."""
-        return push(slots, batch)
+    def pushed(self, slots: Moments, batch: Moments, *, in_turn: bool = False) -> Moments:
+        """Returns the memory after `batch` is pushed.
+
+        Args:
+          slots: the memory.
+          batch: moments of the batch, `[*F]`.
+          in_turn: several calls of one forward push in turn. A batch that is not usable then leaves
+            an empty slot, because `transported` knows the slots of a call by their places.
+        """
+        return push(slots, batch, leave_gaps=in_turn)
 
     def transported(
         self, slots: Moments, before: Moments, after: Moments, epsilon: float, call: int, calls: int
@@ -239,8 +251,11 @@ class Endless:
         """Returns what leaves the pool when a batch is pushed: nothing, of count 0."""
         return memory._replace(count=jnp.zeros_like(memory.count))
 
-    def pushed(self, memory: Moments, batch: Moments) -> Moments:
-        """Returns the memory after `batch` is pushed; an unusable batch changes nothing."""
+    def pushed(self, memory: Moments, batch: Moments, *, in_turn: bool = False) -> Moments:
+        """Returns the memory after `batch` is pushed; an unusable batch changes nothing.
+
+        It has no slots, so that turns (`in_turn`) do not matter.
+        """
         usable = is_usable(batch)
         batch = batch._replace(count=jnp.ones_like(memory.count))
         new = pool_of_two(self.without_oldest(memory), batch)

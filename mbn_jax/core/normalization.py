@@ -286,7 +286,7 @@ def memorize(
     staying, leaving = rule.without_oldest(memory), rule.oldest(memory)
     guess = pool_of_two(staying, leaving).mean
     batch = options.moments(x, mask, guess)
-    record = Record(batch, None)
+    record, in_turn = Record(batch, None), False
     if first is not None:
         before, after = first.records[first.call], batch
         if before.part is not None:
@@ -296,11 +296,13 @@ def memorize(
         if forwards.second.moves_memory:
             calls, shift = len(first.records), (before.batch, after, options.epsilon)
             memory = rule.transported(memory, *shift, first.call, calls)
-            if calls == 1:
+            in_turn = calls > 1
+            if not in_turn:
                 # A pool moves as its slots do, so that they need not be pooled again.
                 staying, leaving = transport(staying, *shift), transport(leaving, *shift)
             else:
                 staying, leaving = rule.without_oldest(memory), rule.oldest(memory)
+                leaving = leaving._replace(count=jnp.zeros_like(leaving.count))
     elif forwards.batch_size:
         record = Record(batch, _part_moments(x, mask, options, forwards, guess))
     newest = batch._replace(count=jnp.ones_like(batch.count))
@@ -313,7 +315,7 @@ def memorize(
         epsilon=options.epsilon,
     )
     center = guess if options.use_fast_variance else batch.mean
-    memory = lax.stop_gradient(rule.pushed(memory, batch))
+    memory = lax.stop_gradient(rule.pushed(memory, batch, in_turn=in_turn))
     return Memorized(mean, var, center, memory, record)
 
 

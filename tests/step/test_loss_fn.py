@@ -89,6 +89,51 @@ def test_two_applies_move_every_slot_to_where_its_batch_is():
         np.testing.assert_allclose(stats_of(state)["mean"][slot], mean, atol=1e-5)
 
 
+class Scaled(nn.Module):
+    """Scales its inputs, and normalizes the elements that a mask keeps."""
+
+    @nn.compact
+    def __call__(self, x, mask, train):
+        x = x * self.param("scale", nn.initializers.ones, (1, 1))
+        options = {"memory_size": 8, "decay": 1.0, "use_scale": False, "use_bias": False}
+        return MemorizedBatchNorm(use_running_average=not train, **options)(x, mask=mask)
+
+
+@pytest.mark.parametrize("unusable", ["masked", "not finite"])
+def test_slots_of_two_applies_stay_apart_when_a_batch_is_not_usable(unusable):
+    def loss_fn(apply, batch):
+        apply(batch["one"], batch["mask"], train=True)
+        y, updates = apply(batch["other"], None, train=True)
+        return 0 * y.sum(), ({}, updates)
+
+    def update(grads, state, params):
+        return {"scale": 0.1 * params["scale"]}, state
+
+    tx = optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+    one, other = jnp.asarray(np.random.default_rng(0).normal(size=(2, 16, 1)), jnp.float32)
+    seen, unseen = jnp.ones((16, 1), bool), jnp.zeros((16, 1), bool)
+    model = Scaled()
+    variables = model.init(jax.random.key(0), one, seen, train=False)
+    state = TrainState.create(variables, tx, jax.random.key(1))
+    step = jax.jit(make_train_step(model.apply, tx, loss_fn, double_forward="transport"))
+    for number in range(3):
+        batch = {"one": one, "other": other + 3, "mask": seen}
+        if number == 1 and unusable == "masked":
+            batch["mask"] = unseen
+        elif number == 1:
+            batch["one"] = one.at[0].set(jnp.inf)
+        state, _ = step(state, batch)
+    memory = {name: stats_of(state)[name][:6, 0] for name in ("mean", "var", "count")}
+    filled = memory["count"] > 0
+    assert filled.tolist() == [True, True, True, False, True, True]
+    # The step without a usable batch had no shift for the slot before it.
+    scales = 1.1 ** np.array([3, 3, 3, 3, 3, 2])
+    for name, of in (("mean", np.mean), ("var", np.var)):
+        expected = [of(s * x) for s, x in zip(scales, 3 * [other + 3, one], strict=True)]
+        # Moved twice in float32; epsilon is in the ratio of variances.
+        np.testing.assert_allclose(memory[name][filled], np.array(expected)[filled], rtol=1e-5)
+
+
 def test_two_applies_are_those_of_a_loop_by_hand():
     model, tx, data = Net(), optax.sgd(0.1), pairs(1)
     state = created(model, tx, data[0][0])
