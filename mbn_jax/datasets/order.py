@@ -14,8 +14,8 @@ class BatchOrder:
 
     Each epoch shuffles the examples anew. Batches run across the end of an epoch, so none is short.
     With `classes_per_batch`, the examples of each class are cut into chunks, and a batch consists
-    of that many chunks, drawn at random: it has examples of at most that many classes. Examples
-    that do not fill a chunk are left out of that epoch.
+    of that many chunks, drawn at random and mixed: it has examples of at most that many classes.
+    Examples that do not fill a chunk are left out of that epoch.
     """
 
     def __init__(self, split: Split, *, seed: int, batch_size: int, classes_per_batch: int = 0):
@@ -68,4 +68,6 @@ class BatchOrder:
             examples = order[self._labels[order] == label]
             whole = len(examples) // self._chunk * self._chunk
             chunks.append(examples[:whole].reshape(-1, self._chunk))
-        return rng.permutation(np.concatenate(chunks)).reshape(-1)[: self._length]
+        order = rng.permutation(np.concatenate(chunks)).reshape(-1)[: self._length]
+        # A part of a batch, of one device for example, must not see one class alone.
+        return rng.permuted(order.reshape(-1, self.batch_size), axis=1).reshape(-1)

@@ -102,6 +102,9 @@ def test_batches_of_few_classes(train, classes):
     order = indices(train, batch_size=20, classes_per_batch=classes, num_steps=60)
     seen = [len(set(train.in_memory["label"][batch])) for batch in order]
     assert max(seen) == classes
+    # Mixed: half of a batch has its classes too, more often than not.
+    halves = [len(set(train.in_memory["label"][batch[:10]])) for batch in order]
+    assert np.mean(np.equal(halves, seen)) > 0.6
     # An epoch has some 65 such batches; no example comes twice in it.
     assert len(set(order.flat)) == order.size
     again = indices(train, batch_size=20, classes_per_batch=classes, num_steps=200)
