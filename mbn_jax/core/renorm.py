@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from mbn_jax.core.gradient import clipped_renorm
-from mbn_jax.core.moments import Array, value_at
+from mbn_jax.core.moments import Array, is_usable, value_at
 from mbn_jax.core.normalization import NormOptions
 
 R_MAX = {"init_value": 1.0, "end_value": 3.0, "transition_steps": 35_000, "transition_begin": 5_000}
@@ -66,10 +66,10 @@ def renormalize(
         r_max=value_at(layer.r_max, steps),
         d_max=value_at(layer.d_max, steps),
     )
-    seen, rate = batch.count > 0, 1 - layer.momentum
+    usable, rate = is_usable(batch), 1 - layer.momentum
     sigma = jnp.sqrt(var) + rate * (jnp.sqrt(batch.var) - jnp.sqrt(var))
     mean_dtype, var_dtype, _ = options.statistics_dtypes(x.dtype)
-    new_mean = jnp.where(seen, mean + rate * (batch.mean - mean), mean).astype(mean_dtype)
-    new_var = jnp.where(seen, lax.square(sigma), var).astype(var_dtype)
+    new_mean = jnp.where(usable, mean + rate * (batch.mean - mean), mean).astype(mean_dtype)
+    new_var = jnp.where(usable, lax.square(sigma), var).astype(var_dtype)
     center = mean if options.use_fast_variance else batch.mean
     return Renormalized(used_mean, used_var, center, *lax.stop_gradient((new_mean, new_var)))

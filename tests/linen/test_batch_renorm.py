@@ -60,6 +60,18 @@ def test_steps_are_those_of_the_paper(r_max, d_max, fast):
         assert int(variables["batch_stats"]["steps"]) == step + 1
 
 
+def test_a_batch_that_is_not_finite_leaves_the_averages():
+    layer = BatchRenorm(use_running_average=False, r_max=3.0, d_max=5.0)
+    x = batches(1)[0]
+    _, before = train(layer, layer.init(jax.random.key(0), x), x)
+    _, after = train(layer, before, x.at[0, 0, 1].set(jnp.nan))
+    for name in ("mean", "var"):
+        old, new = (np.asarray(v["batch_stats"][name]) for v in (before, after))
+        assert np.isfinite(new).all()
+        assert old[1] == new[1]
+        assert old[0] != new[0]
+
+
 def test_without_room_it_is_batch_normalization():
     x = batches(1)[0]
     layers = (
