@@ -55,7 +55,14 @@ def layout_of(layer_stats: Mapping[str, Array]) -> Layout:
                 "The statistics of a memory need its 'rule' (memory size and decay), which every "
                 "MemorizedBatchNorm records; got only " + ", ".join(sorted(layer_stats)) + "."
             )
-        leading = jnp.ndim(layer_stats["rule"]) - 1
+        *leading_shape, numbers = jnp.shape(layer_stats["rule"])
+        leading = len(leading_shape)
+        slots = jnp.shape(layer_stats["mean"])
+        if numbers != 2 or (kind == "slots" and slots[:leading] != tuple(leading_shape)):
+            raise ValueError(
+                "Lifted transforms must stack batch_stats on axis 0 (variable_axes), got a memory "
+                f"of shape {slots} with a rule of shape {(*leading_shape, numbers)}."
+            )
     elif "steps" in layer_stats:
         leading = jnp.ndim(layer_stats["steps"])
     elif has_groups:

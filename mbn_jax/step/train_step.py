@@ -279,7 +279,7 @@ def _check_first_used(
     names = ", ".join(name or "the layer" for name in left)
     lifted = (
         f"Lifted transforms (nn.vmap, nn.scan) need {BATCH_MOMENTS!r} and {FIRST_BATCH_MOMENTS!r} "
-        "in their variable_axes"
+        "in their variable_axes; nnx.bridge.ToNNX and ToLinen cannot hand them on"
     )
     if left and second.is_partial:
         raise ValueError(

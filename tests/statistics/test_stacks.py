@@ -178,6 +178,18 @@ def test_parameters_that_are_called_mean_and_var_are_parameters():
     jax.tree.map(np.testing.assert_array_equal, to_batch_norm(old), old)
 
 
+def test_layers_that_are_stacked_on_another_axis_are_refused():
+    layer = nn.vmap(
+        memorized,
+        variable_axes={"params": 1, "batch_stats": 1},
+        split_rngs={"params": True},
+    )(use_running_average=False)
+    x = batches(LAYERS + 1)
+    variables = layer.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"must stack batch_stats on axis 0 .* got a memory of"):
+        to_batch_norm(variables)
+
+
 def test_names_of_lifted_layers_are_those_of_batch_norm():
     def lifted(norm):
         return nn.vmap(norm, variable_axes=AXES, split_rngs={"params": True})(
