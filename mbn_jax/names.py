@@ -151,6 +151,15 @@ def takes(factory: Callable, name: str) -> bool:
     return takes_any or name in accepted(factory)
 
 
+def default_of(factory: Callable, name: str) -> Any:
+    """Returns the default of an argument that a class or function has.
+
+    >>> default_of(lambda width, depth=2: 0, 'depth')
+    2
+    """
+    return next(p.default for p in _parameters(factory) if p.name == name)
+
+
 def only_accepted(factory: Callable, options: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the options that a class or function has an argument for."""
     names = accepted(factory)
@@ -168,6 +177,30 @@ def kwargs_of(group: Mapping[str, Any]) -> dict[str, Any]:
         return tuple(map(fixed, value)) if isinstance(value, list | tuple) else value
 
     return {name: fixed(value) for name, value in group["kwargs"].items()}
+
+
+def with_kwargs(given: Mapping[str, Any], group: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Returns what the fields of a config give to what a group names, and the group's `kwargs`.
+
+    Args:
+      given: arguments from the fields.
+      group: group of the config, with `kwargs`.
+      name: of the group, for the message.
+
+    Raises:
+      UserError: for an argument in both; the run would report the field, and not follow it.
+
+    >>> with_kwargs({'decay': 0.9}, {'kwargs': {'width': 4}}, 'norm')
+    {'decay': 0.9, 'width': 4}
+    """
+    kwargs = kwargs_of(group)
+    twice = sorted(set(given) & set(kwargs))
+    if twice:
+        raise UserError(
+            f"{name}.kwargs.{twice[0]}={kwargs[twice[0]]!r} would replace what a field of the "
+            f"config gives as {twice[0]}; set the field instead."
+        )
+    return {**given, **kwargs}
 
 
 def reason(error: BaseException, folders: Sequence[str | pathlib.Path] = ()) -> str:

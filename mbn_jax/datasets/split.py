@@ -150,6 +150,13 @@ class Split:
             if a.split == b.split
         )
 
+    def holds_the_same(self, other: "Split") -> bool:
+        """Returns whether two splits in memory have the same examples in the same order."""
+        mine, theirs = self.in_memory, other.in_memory
+        if mine is None or theirs is None or sorted(mine) != sorted(theirs):
+            return False
+        return all(np.array_equal(mine[name], theirs[name]) for name in mine)
+
 
 def in_memory_if_small(split: Split, max_bytes: int) -> Split:
     """Returns a split with its examples in memory, unless they have more bytes."""

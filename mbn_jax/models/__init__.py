@@ -11,7 +11,7 @@ from mbn_jax.models.convnet import ConvNet
 from mbn_jax.models.convolution import CONVOLUTIONS
 from mbn_jax.models.resnet import RESNETS
 from mbn_jax.models.vgg import VGG16
-from mbn_jax.names import accepted, kwargs_of, named, only_accepted, takes
+from mbn_jax.names import accepted, named, only_accepted, takes, with_kwargs
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "convnet": ConvNet,
@@ -62,4 +62,5 @@ def build_model(
             "it calls with use_running_average; it has no such argument."
         )
     own = {name: options[name] for name in OWN_FIELDS.get(options.name, ())}
-    return factory(norm=norm, **only_accepted(factory, shared) | own | kwargs_of(options))
+    given = {"norm": norm} | only_accepted(factory, shared) | own
+    return factory(**with_kwargs(given, options, "model"))

@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from mbn_jax.core.double_forward import SecondForward
 from mbn_jax.errors import UserError
-from mbn_jax.names import accepted, import_from, is_import_path, named, takes
+from mbn_jax.names import accepted, default_of, import_from, is_import_path, named, takes
 from mbn_jax.training.config import (
     FIELDS,
     NAMED,
@@ -19,6 +19,7 @@ from mbn_jax.training.config import (
 )
 from mbn_jax.training.config_files import is_in_kwargs
 from mbn_jax.training.norms import has_memory_schedule, is_endless, synced_devices
+from mbn_jax.training.optimizers import OWN_FIELDS
 
 HOST_INTERVALS = (
     "log_every_steps",
@@ -60,7 +61,7 @@ def validate(config: ConfigDict) -> None:
                 f"{field_value(config, name)}."
             )
     _check_named(config)
-    _check_weight_decay(config)
+    _check_optimizer(config)
 
 
 def _check_norm(config: ConfigDict) -> None:
@@ -158,8 +159,8 @@ def _check_named(config: ConfigDict) -> None:
             raise UserError(f"{field}={name!r} has no argument {unknown[0]!r}.{hint}")
 
 
-def _check_weight_decay(config: ConfigDict) -> None:
-    """Raises UserError where weight decay is asked of an optimizer that has none."""
+def _check_optimizer(config: ConfigDict) -> None:
+    """Raises UserError where the optimizer would not do what its fields say."""
     options = config.optimizer
     factory = named(options.name, NAMED["optimizer"], "optimizer.name")
     if options.weight_decay and "weight_decay" not in accepted(factory):
@@ -167,6 +168,14 @@ def _check_weight_decay(config: ConfigDict) -> None:
             f"optimizer.weight_decay={options.weight_decay} needs an optimizer with the argument "
             f"weight_decay, and {options.name!r} has none; set it to 0."
         )
+    if options.name in OWN_FIELDS:
+        return
+    for name in set().union(*OWN_FIELDS.values()) & accepted(factory) - set(options.kwargs):
+        if options[name] and not default_of(factory, name):
+            raise UserError(
+                f"optimizer.{name}={options[name]} is for {', '.join(OWN_FIELDS)} alone; set "
+                f"optimizer.kwargs.{name} for {options.name!r}."
+            )
 
 
 def _check_kwarg(field: str, value: Any) -> None:

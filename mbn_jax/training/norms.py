@@ -15,7 +15,7 @@ from mbn_jax.linen.memorized import MemorizedBatchNorm
 from mbn_jax.linen.moving_average import MovingAverageBatchNorm
 from mbn_jax.linen.virtual_batches import VirtualBatches
 from mbn_jax.models.affine import Affine
-from mbn_jax.names import accepted, kwargs_of, named, only_accepted, takes
+from mbn_jax.names import accepted, named, only_accepted, takes, with_kwargs
 from mbn_jax.parallel.devices import AXIS_NAME
 from mbn_jax.statistics.recalibration import LAYERS_WITH_STATISTICS
 from mbn_jax.training.hparams import HParams
@@ -59,10 +59,12 @@ def build_norm(
     layer = named(config.norm.name, NORMS, "norm.name")
     offered = _options(config, hparams, num_devices, total_steps)
     if not takes(layer, "use_running_average"):
-        norm = functools.partial(layer, **only_accepted(layer, offered) | kwargs_of(config.norm))
+        given = with_kwargs(only_accepted(layer, offered), config.norm, "norm")
+        norm = functools.partial(layer, **given)
         return lambda use_running_average=None, **options: norm(**options)
     offered |= _options_of_batches(config, num_devices)
-    norm = functools.partial(layer, **only_accepted(layer, offered) | kwargs_of(config.norm))
+    given = with_kwargs(only_accepted(layer, offered), config.norm, "norm")
+    norm = functools.partial(layer, **given)
     virtual_batch_size = config.norm.virtual_batch_size
     if not virtual_batch_size or not is_norm_of_batches(layer):
         return norm

@@ -7,7 +7,7 @@ import jax
 import optax
 from ml_collections import ConfigDict
 
-from mbn_jax.names import kwargs_of, named, only_accepted
+from mbn_jax.names import named, only_accepted, with_kwargs
 from mbn_jax.training.hparams import HParams
 
 SCHEDULES = ("cosine", "step", "constant")
@@ -99,7 +99,7 @@ def build_optimizer(
     }
     given = only_accepted(factory, shared)
     own = {name: options[name] for name in OWN_FIELDS.get(options.name, ())}
-    tx = factory(schedule, **given | own | kwargs_of(options))
+    tx = factory(schedule, **with_kwargs(given | own, options, "optimizer"))
     if "gradient_clip_norm" in given:
         return tx
     clipping = _clipping(config.gradient_clip_norm)

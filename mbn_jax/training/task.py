@@ -211,6 +211,11 @@ class Task:
 
 def _check_splits(config: ConfigDict, train: Split, test: Split) -> None:
     """Raises UserError if training and evaluation share examples."""
+    if train.holds_the_same(test):
+        raise UserError(
+            f"Data set {config.dataset.name!r} has the same examples in train_split={train.name!r} "
+            f"and test_split={test.name!r}; return another source for each split."
+        )
     shared = train.count_shared(test)
     if shared:
         raise UserError(
@@ -227,7 +232,8 @@ def _check_images(config: ConfigDict, train: Split) -> None:
     if (options.crop_padding or options.flip) and not is_classification:
         raise UserError(
             "dataset.crop_padding and flip move 'image' alone, and suit data sets of 'image' and a "
-            f"number 'label'; {options.name!r} has {sorted(spec)}. Augment in the data source."
+            f"number 'label'; {options.name!r} has {sorted(spec)}. Augment in the data source, and "
+            "set dataset.max_bytes_in_memory=0, so that each epoch reads it anew."
         )
     if (options.image_size or options.random_resized_crop) and train.images is None:
         raise UserError(

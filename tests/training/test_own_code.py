@@ -130,6 +130,32 @@ def test_evaluation_is_exact_with_a_padded_last_batch(tmp_path):
             "must move every memory, and cannot",
         ),
         ({"optimizer__weight_decay": 0.1}, "has none; set it to 0"),
+        (
+            {"optimizer__name": "optax:sgd"},
+            "optimizer.momentum=0.9 is for sgd alone; set optimizer.kwargs.momentum for 'optax",
+        ),
+        (
+            {"optimizer__kwargs__weight_decay": 0.1, "optimizer__name": "optax:adamw"},
+            "optimizer.kwargs.weight_decay=0.1 would replace what a field of the config",
+        ),
+        ({"norm__kwargs__decay": 0.5}, "norm.kwargs.decay=0.5 would replace .* set the field"),
+        (
+            {"norm__kwargs__epsilon": 0.5, "norm__name": "group"},
+            "norm.kwargs.epsilon=0.5 would replace",
+        ),
+        (
+            {
+                "model__kwargs__dtype": "bfloat16",
+                "model__name": "convnet",
+                "dataset__name": "digits",
+                "loss__name": "cross_entropy",
+            },
+            "model.kwargs.dtype='bfloat16' would replace",
+        ),
+        (
+            {"dataset__name": "own_code:the_same"},
+            "has the same examples in train_split='train' and test_split='test'",
+        ),
         ({"optimizer__name": "own_code:plain_loss"}, "missing 1 required positional argument"),
         ({"dataset__name": "own_code:uneven"}, r"Example 2 of .* 'x' of shape \(5, 2\)"),
         ({"dataset__name": "own_code:no_source"}, "returns a data source.* TypeError: object of"),
