@@ -188,13 +188,18 @@ def with_kwargs(given: Mapping[str, Any], group: Mapping[str, Any], name: str) -
       name: of the group, for the message.
 
     Raises:
-      UserError: for an argument in both; the run would report the field, and not follow it.
+      UserError: for an argument in both that is a field of the group, unless it is None; the run
+        would report the field, and not follow it.
 
     >>> with_kwargs({'decay': 0.9}, {'kwargs': {'width': 4}}, 'norm')
     {'decay': 0.9, 'width': 4}
+    >>> group = {'num_groups': 8, 'kwargs': {'num_groups': None, 'group_size': 4}}
+    >>> with_kwargs({'num_groups': 8}, group, 'norm')
+    {'num_groups': None, 'group_size': 4}
     """
     kwargs = kwargs_of(group)
-    twice = sorted(set(given) & set(kwargs))
+    given_twice = set(given) & set(kwargs) & set(group)
+    twice = sorted(key for key in given_twice if kwargs[key] is not None)
     if twice:
         raise UserError(
             f"{name}.kwargs.{twice[0]}={kwargs[twice[0]]!r} would replace what a field of the "

@@ -155,7 +155,11 @@ class Split:
         mine, theirs = self.in_memory, other.in_memory
         if mine is None or theirs is None or sorted(mine) != sorted(theirs):
             return False
-        return all(np.array_equal(mine[name], theirs[name]) for name in mine)
+        # A value that is missing is NaN in both.
+        return all(
+            np.array_equal(mine[name], theirs[name], equal_nan=mine[name].dtype.kind == "f")
+            for name in mine
+        )
 
 
 def in_memory_if_small(split: Split, max_bytes: int) -> Split:

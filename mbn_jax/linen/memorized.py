@@ -43,7 +43,8 @@ class MemorizedBatchNorm(nn.Module):
 
     At inference the memory is pooled by the same weights; there is no moving average. A fresh
     memory normalizes by mean 0 and variance 1. A layer called twice in one forward pass pushes one
-    slot a call. A batch whose statistics are not finite pushes none: it shows in its own outputs
+    slot a call. A batch whose statistics are not finite pushes none (where several calls move
+    with transport, an empty one): it shows in its own outputs
     only.
 
     The `batch_stats` collection holds `mean`, `var` and `count` (elements behind the slot, 0 =

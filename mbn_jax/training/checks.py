@@ -170,11 +170,14 @@ def _check_optimizer(config: ConfigDict) -> None:
         )
     if options.name in OWN_FIELDS:
         return
-    for name in set().union(*OWN_FIELDS.values()) & accepted(factory) - set(options.kwargs):
-        if options[name] and not default_of(factory, name):
+    own = set().union(*OWN_FIELDS.values()) & accepted(factory) - set(options.kwargs)
+    for name in sorted(own):
+        default = default_of(factory, name)
+        has_none = default is None or (isinstance(default, int | float) and not default)
+        if options[name] and has_none:
             raise UserError(
                 f"optimizer.{name}={options[name]} is for {', '.join(OWN_FIELDS)} alone; set "
-                f"optimizer.kwargs.{name} for {options.name!r}."
+                f"optimizer.kwargs.{name} for {options.name!r}, or optimizer.{name} to 0."
             )
 
 

@@ -211,17 +211,17 @@ class Task:
 
 def _check_splits(config: ConfigDict, train: Split, test: Split) -> None:
     """Raises UserError if training and evaluation share examples."""
-    if train.holds_the_same(test):
-        raise UserError(
-            f"Data set {config.dataset.name!r} has the same examples in train_split={train.name!r} "
-            f"and test_split={test.name!r}; return another source for each split."
-        )
     shared = train.count_shared(test)
     if shared:
         raise UserError(
             f"dataset.train_split={train.name!r} and test_split={test.name!r} of "
             f"{config.dataset.name!r} must be apart, and share {shared} examples; choose other "
             "splits, 'train[:90%]' and 'train[90%:]' for example."
+        )
+    if train.holds_the_same(test):
+        raise UserError(
+            f"Data set {config.dataset.name!r} has the same examples in train_split={train.name!r} "
+            f"and test_split={test.name!r}; return another source for each split."
         )
 
 
