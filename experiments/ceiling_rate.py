@@ -9,7 +9,19 @@ from mbn_jax.sweeps import Sweep
 
 RATES = (0.04, 0.08, 0.16, 0.32)
 LOWER_RATES = dict.fromkeys(
-    ("batch 32, standardized", "group, plain", "group, standardized"), (0.01, 0.02)
+    (
+        "batch 32, standardized",
+        "group, plain",
+        "group, standardized",
+        "batch 4, plain",
+        "batch 4, standardized",
+        "batch 8, plain",
+        "transport 8, standardized",
+        "moving average 2, centered",
+        "moving average 4, standardized",
+        "moving average 8, standardized",
+    ),
+    (0.01, 0.02),
 )
 """Tried as well where 0.04 was the best of the four."""
 
