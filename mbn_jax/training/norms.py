@@ -58,13 +58,13 @@ def build_norm(
     """
     layer = named(config.norm.name, NORMS, "norm.name")
     offered = _options(config, hparams, num_devices, total_steps)
-    if not takes(layer, "use_running_average"):
-        given = with_kwargs(only_accepted(layer, offered), config.norm, "norm")
-        norm = functools.partial(layer, **given)
-        return lambda use_running_average=None, **options: norm(**options)
-    offered |= _options_of_batches(config, num_devices)
+    is_told_of_inference = takes(layer, "use_running_average")
+    if is_told_of_inference:
+        offered |= _options_of_batches(config, num_devices)
     given = with_kwargs(only_accepted(layer, offered), config.norm, "norm")
     norm = functools.partial(layer, **given)
+    if not is_told_of_inference:
+        return lambda use_running_average=None, **options: norm(**options)
     virtual_batch_size = config.norm.virtual_batch_size
     if not virtual_batch_size or not is_norm_of_batches(layer):
         return norm
